@@ -1,0 +1,61 @@
+# Two commands are enough: `make check` and `make test`. Each makes .venv where there is none, and installs
+# what constraints.txt pins; a second call skips that.
+
+PYTHON      ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?= -n 2
+VENV        := .venv
+
+BIN        := $(VENV)/bin
+PIP        := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+TORCH      := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+# Without --no-deps, TORCH_INDEX would also have to hold the pinned version of everything that torch needs.
+PIP_TORCH  := $(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11
+
+.DELETE_ON_ERROR:
+.PHONY: help check test lint clean
+
+help:
+	@echo "make check   check every shipped golden, in fp32 and bf16"
+	@echo "make test    run the test suite            PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "make lint    ruff and mypy --strict"
+	@echo "make clean   remove .venv, caches and build outputs"
+	@echo "Variables:   PYTHON=$(PYTHON)  TORCH_INDEX=URL (a package index that has the torch build you want)"
+
+check: $(VENV)/.installed-base
+	$(BIN)/harness check --all --quick
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is touched last: an interrupted installation leaves none, and the next call resumes it.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not found. $(OLD_PYTHON)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1). $(OLD_PYTHON)" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed-base: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing $(TORCH) (a few hundred MB or more: this can take minutes)"
+	@$(PIP_TORCH)
+	@echo "Installing golden-harness and the rest of what it needs, as constraints.txt pins it"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-base
+	@echo "Installing the test extra"
+	@$(PIP) --editable '.[test]'
+	@touch $@

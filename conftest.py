@@ -1,0 +1,55 @@
+"""Fixtures that tests share. Nothing here touches the network: hubs are switched off."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """One thread in every process: workers of pytest-xdist share the cores, and the last bits stay the same."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The shipped goldens."""
+    return ROOT / "golden"
+
+
+@pytest.fixture(scope="session")
+def small_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `golden/small/{model,small}` and `prompts/small.toml`, recorded once (read only)."""
+    from harness import flow
+    from tests.support import write_model, write_suite
+
+    home = tmp_path_factory.mktemp("home")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        write_model(Path("golden/small/model"))
+        suite = write_suite(Path("prompts/small.toml"))
+        flow.record("golden/small/model", suite, out="golden/small/small", replicas=6)
+    finally:
+        os.chdir(before)
+    return home
+
+
+@pytest.fixture
+def home(small_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `small_home` to break, as the working directory."""
+    target = tmp_path / "home"
+    shutil.copytree(small_home, target)
+    monkeypatch.chdir(target)
+    return target

@@ -1,0 +1,74 @@
+"""Identify a checkpoint by its tensors: a content digest and a shape signature, whatever the files and shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """``digest`` covers (name, shape, native dtype, bytes), ``signature`` names and shapes alone; ``dtype`` is
+    the one of most elements. All hex SHA-256 or torch's dtype word."""
+
+    digest: str
+    signature: str
+    dtype: str
+    parameters: int
+
+
+def identify(directory: Path) -> Identity:
+    """Read every tensor of a model directory's safetensors files, one at a time.
+
+    Raises:
+        ModelError: where there are none, or a file is damaged.
+    """
+    content, shapes, sizes = hashlib.sha256(), hashlib.sha256(), dict[str, int]()
+    for name, path in sorted(_tensor_files(directory)):
+        shape, dtype, count, raw = _tensor(path, name)
+        shapes.update(f"{name} {shape}\n".encode())
+        content.update(f"{name} {shape} {dtype}\n".encode() + hashlib.sha256(raw).digest())
+        sizes[dtype] = sizes.get(dtype, 0) + count
+    native = max(sizes, key=lambda dtype: (sizes[dtype], dtype))
+    return Identity(
+        digest=content.hexdigest(), signature=shapes.hexdigest(), dtype=native, parameters=sum(sizes.values())
+    )
+
+
+def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{directory} holds no .safetensors file",
+            fix="Give a directory written by save_pretrained; pickled .bin weights are never loaded",
+        )
+    seen: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is not a readable safetensors file ({error})", fix="Copy or download it again"
+            ) from None
+        for name in names:
+            if name in seen:
+                raise ModelError(f"{path} repeats the tensor {name}", fix="Remove stale shards from the directory")
+            seen.add(name)
+            yield name, path
+
+
+def _tensor(path: Path, name: str) -> tuple[tuple[int, ...], str, int, bytes]:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as opened:
+        tensor = opened.get_tensor(name).contiguous()
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.numel(), raw

@@ -1,0 +1,53 @@
+"""The engines by name, with what each needs; nothing heavy is imported before an engine is opened."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from harness.engines import hf
+from harness.engines.base import Engine
+from harness.engines.spec import Spec, parse_spec, suggest
+from harness.errors import UsageError
+
+__all__ = ["ENGINES", "Engine", "Entry", "build_engine"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """How an engine is made, what it is, and the packages it cannot run without."""
+
+    build: Callable[..., Engine]
+    summary: str
+    packages: tuple[str, ...]
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here, None where it can."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"install {', '.join(missing)}" if missing else None
+
+
+ENGINES: Mapping[str, Entry] = {
+    "hf": Entry(
+        build=hf.build,
+        summary="a transformers causal language model, from a directory or a hub id",
+        packages=("torch", "transformers", "safetensors"),
+    ),
+}
+
+
+def build_engine(text: str, *, model: str | None = None) -> Engine:
+    """The engine that a SPEC names, closed; ``model`` is used where the SPEC names none.
+
+    Raises:
+        UsageError: for an unknown engine, key or value, or one that cannot run here.
+    """
+    parsed: Spec = parse_spec(text)
+    entry = ENGINES.get(parsed.engine)
+    if entry is None:
+        raise UsageError(f"there is no engine {parsed.engine!r}", fix=suggest(parsed.engine, ENGINES))
+    reason = entry.why_not()
+    if reason is not None:
+        raise UsageError(f"the engine {parsed.engine!r} cannot run here", fix=f"To use it, {reason}")
+    return entry.build(parsed, model=model)

@@ -1,0 +1,253 @@
+"""Batches, left padding, the greedy decode loop and the teacher-forced pass, for any step function.
+
+Shape legend: B batch rows, T new tokens, S tokens so far (padding included), V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from harness.numerics.sketch import Sketcher
+from harness.values import Generation, Request
+
+if TYPE_CHECKING:
+    import torch
+
+#: Planned batches: no row is padded beyond twice its length (short prompts: beyond this many tokens).
+_SHORT = 96
+_BUFFER_BYTES = 64 * 2**20
+
+
+class Step(Protocol):
+    """One forward pass. ``keep`` asks for the logits of the last ``keep`` positions, 0 for all."""
+
+    def __call__(
+        self,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        attention_mask_BS: torch.Tensor,
+        cache: Any,
+        keep: int,
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """A step function with what the loops need to know about it.
+
+    ``new_cache(batch, length)`` makes an empty KV cache for ``length`` tokens; None where the step
+    keeps no cache, and only ``teacher_forced`` can be used.
+    """
+
+    step: Step
+    new_cache: Callable[[int, int], Any]
+    pad_id: int
+    device: str
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
+    """Indices of the requests of each batch.
+
+    With a ``batch_size`` requests are taken in the suite's order, however unequal their lengths.
+    Without one, batches are made of prompts of similar length, so that at most half is padding.
+    """
+    if batch_size is not None:
+        return [list(range(i, min(i + batch_size, len(lengths)))) for i in range(0, len(lengths), batch_size)]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and lengths[index] <= max(_SHORT, 2 * lengths[batches[-1][0]]):
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 [B, S], padded on the left."""
+    import torch
+
+    length = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(sequences), length), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, length - len(sequence) :] = torch.tensor(sequence, dtype=torch.int64)
+        mask[row, length - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def positions(mask_BS: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its own sequence, 0 on padding, [B, S]."""
+    return (mask_BS.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def greedy(
+    decoder: Decoder, requests: Sequence[Request], *, batch_size: int | None, stop_ids: frozenset[int]
+) -> list[Generation]:
+    """Free greedy continuations, in the order of ``requests``."""
+    found: dict[int, Generation] = {}
+    for batch in plan_batches([len(request.prompt_ids) for request in requests], batch_size):
+        rows = _decode(decoder, [requests[i] for i in batch], None, stop_ids, lambda _step, _logits: None)
+        found.update(zip(batch, rows, strict=True))
+    return [found[i] for i in range(len(requests))]
+
+
+def replay(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    continuations: Sequence[Sequence[int]],
+    *,
+    batch_size: int | None,
+    sketcher: Sketcher,
+) -> None:
+    """Force the continuations through the decode loop; the logits of every step go to ``sketcher``."""
+    for batch in plan_batches([len(request.prompt_ids) for request in requests], batch_size):
+        collector = _Collector(
+            sketcher, batch, [len(requests[i].prompt_ids) for i in batch], [continuations[i] for i in batch]
+        )
+        _decode(decoder, [requests[i] for i in batch], [continuations[i] for i in batch], frozenset(), collector.take)
+        collector.flush()
+
+
+class _Collector:
+    """Gathers the steps' logits and condenses them a buffer at a time, not a step at a time."""
+
+    def __init__(
+        self, sketcher: Sketcher, batch: list[int], starts: list[int], continuations: Sequence[Sequence[int]]
+    ) -> None:
+        self._sketcher, self._batch, self._starts, self._continuations = sketcher, batch, starts, continuations
+        self._logits: list[torch.Tensor] = []
+        self._keys: list[tuple[int, int, int]] = []
+        self._bytes = 0
+
+    def take(self, step: int, logits_BV: torch.Tensor) -> None:
+        rows = [row for row, tokens in enumerate(self._continuations) if step < len(tokens)]
+        self._logits.append(logits_BV if len(rows) == len(logits_BV) else logits_BV[rows])
+        self._keys += [(self._batch[r], self._starts[r] + step, self._continuations[r][step]) for r in rows]
+        self._bytes += self._logits[-1].numel() * logits_BV.element_size()
+        if self._bytes > _BUFFER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        import torch
+
+        if not self._keys:
+            return
+        keys = np.array(self._keys)
+        logits_NV = torch.cat(self._logits)
+        self._sketcher.add(
+            logits_NV,
+            torch.from_numpy(keys[:, 2]).to(logits_NV.device),
+            request=keys[:, 0].astype(np.int32),
+            position=keys[:, 1].astype(np.int32),
+            generated=np.ones(len(keys), dtype=np.bool_),
+        )
+        self._logits, self._keys, self._bytes = [], [], 0
+
+
+def _decode(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    forced: Sequence[Sequence[int]] | None,
+    stop_ids: frozenset[int],
+    observe: Callable[[int, torch.Tensor], None],
+) -> list[Generation]:
+    """The loop of both free and forced runs: prefill the prompts, then one token a step.
+
+    A row that has ended goes on with padding that nobody looks at, so that the batch keeps its shape.
+    """
+    import torch
+
+    limits = [request.max_new_tokens for request in requests] if forced is None else [len(ids) for ids in forced]
+    steps = max(limits)
+    ids_BS, mask_BS = left_pad([request.prompt_ids for request in requests], decoder.pad_id, decoder.device)
+    cache = decoder.new_cache(len(requests), ids_BS.shape[1] + steps)
+    tokens: list[list[int]] = [[] for _ in requests]
+    finished = [False] * len(requests)
+    input_BT, position_BT = ids_BS, positions(mask_BS)
+    for step in range(steps):
+        logits_BV = decoder.step(input_BT, position_BT, mask_BS, cache, 1)[:, -1]
+        observe(step, logits_BV)
+        if forced is None:
+            chosen = logits_BV.argmax(dim=-1).tolist()
+        else:
+            chosen = [ids[step] if step < len(ids) else decoder.pad_id for ids in forced]
+        for row, token in enumerate(chosen):
+            if finished[row] or step >= limits[row]:
+                chosen[row] = decoder.pad_id
+                continue
+            tokens[row].append(token)
+            finished[row] = token in stop_ids
+        if step + 1 == steps or all(done or step + 1 >= limits[row] for row, done in enumerate(finished)):
+            break
+        input_BT = torch.tensor(chosen, dtype=torch.int64, device=decoder.device)[:, None]
+        position_BT = mask_BS.sum(dim=-1, keepdim=True)
+        mask_BS = torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], dim=1)
+    return [
+        Generation(tokens=tuple(row), finish="eos" if done else "length")
+        for row, done in zip(tokens, finished, strict=True)
+    ]
+
+
+def teacher_forced(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    continuations: Sequence[Sequence[int]],
+    *,
+    batch_size: int | None,
+    sketcher: Sketcher,
+    chunk: int | None = None,
+) -> None:
+    """One pass over prompt and continuation; every position's logits go to ``sketcher``.
+
+    ``chunk`` feeds the sequence in pieces of that many tokens through the KV cache (chunked prefill).
+    """
+    sequences = [(*request.prompt_ids, *tokens) for request, tokens in zip(requests, continuations, strict=True)]
+    for batch in plan_batches([len(sequence) for sequence in sequences], batch_size):
+        inputs = [sequences[i][:-1] for i in batch]
+        if max(map(len, inputs)) == 0:
+            continue
+        ids_BS, mask_BS = left_pad(inputs, decoder.pad_id, decoder.device)
+        _forced_pass(decoder, ids_BS, mask_BS, chunk or ids_BS.shape[1], requests, sequences, batch, sketcher)
+
+
+def _forced_pass(
+    decoder: Decoder,
+    ids_BS: torch.Tensor,
+    mask_BS: torch.Tensor,
+    chunk: int,
+    requests: Sequence[Request],
+    sequences: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    sketcher: Sketcher,
+) -> None:
+    length = ids_BS.shape[1]
+    position_BS = positions(mask_BS)
+    cache = decoder.new_cache(len(batch), length) if chunk < length else None
+    for start in range(0, length, chunk):
+        cut = slice(start, min(start + chunk, length))
+        logits_BTV = decoder.step(ids_BS[:, cut], position_BS[:, cut], mask_BS[:, : cut.stop], cache, 0)
+        real_BT = mask_BS[:, cut].bool()
+        row_N, column_N = (index.cpu().numpy() for index in real_BT.nonzero(as_tuple=True))
+        # The logits at sequence index p predict the token at p + 1; padding comes first.
+        padding_B = np.array([length - len(sequences[i]) + 1 for i in batch])
+        position_N = column_N + start - padding_B[row_N] + 1
+        request_N = np.array(batch)[row_N]
+        next_N = np.array([sequences[r][p] for r, p in zip(request_N, position_N, strict=True)], dtype=np.int64)
+        prompt_N = np.array([len(requests[i].prompt_ids) for i in batch])[row_N]
+        sketcher.add(
+            logits_BTV[real_BT],
+            _tensor(next_N, logits_BTV),
+            request=request_N.astype(np.int32),
+            position=position_N.astype(np.int32),
+            generated=position_N >= prompt_N,
+        )
+
+
+def _tensor(array: np.ndarray[Any, np.dtype[np.int64]], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(array).to(like.device)

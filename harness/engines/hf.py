@@ -1,0 +1,547 @@
+"""The `hf` engine: a transformers causal language model, driven through our own decode loop.
+
+Our loop, not `model.generate`, so that a free run and a forced one are the same code; a test holds
+the two token for token.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from harness import checkpoint, suites
+from harness.engines import decoding, spec
+from harness.engines.base import Engine
+from harness.environment import Quiet, thread_count, versions
+from harness.errors import EngineError, ModelError, UsageError
+from harness.numerics.sketch import Sketcher
+from harness.values import Generation, Request, Suite
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+#: The keys of `hf:...`, each with what reads its value.
+READERS: Mapping[str, Callable[[str], Any]] = {
+    "model": str,
+    "dtype": spec.one_of(*DTYPES),
+    "weights": spec.one_of("float32", "bfloat16", "float16"),
+    "attn": spec.one_of("eager", "sdpa"),
+    "static_cache": spec.flag,
+    "compile": spec.flag,
+    "batch": spec.positive,
+    "threads": spec.positive,
+    "device": str,
+    "trust_remote_code": spec.flag,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What `hf:key=value,...` sets.
+
+    ``dtype`` None is the checkpoint's own. ``weights`` rounds the weights to a dtype first and then computes
+    in ``dtype``: with float64 this is the centre R_D of numerics.md 2.2. ``batch`` overrides every run's size.
+    """
+
+    model: str | None = None
+    dtype: str | None = None
+    weights: str | None = None
+    attn: str | None = None
+    static_cache: bool = False
+    compile: bool = False
+    batch: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+class HFEngine(Engine):
+    """A transformers model under test, or the reference.
+
+    Args:
+        options: how to load and run.
+        text: the SPEC that names it in reports.
+        model: a live model to use as it is, instead of loading one.
+    """
+
+    def __init__(self, options: Options, *, text: str, model: PreTrainedModel | None = None) -> None:
+        self.spec = text
+        self.options = options
+        self.declared = _declared(options)
+        self.capabilities = frozenset({"tokens", "logits", "replay", "modules", "upcast", "batch", "deterministic"})
+        self._given = model
+        self._model: PreTrainedModel | None = None
+        self._stack = ExitStack()
+        self._cache_class = "none"
+        self._missing: tuple[str, ...] = ()
+        self._tokenizer: Any = None
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._stack.enter_context(Quiet())
+        self._stack.enter_context(thread_count(self.options.threads))
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        import torch
+
+        self._stack.enter_context(torch.no_grad())
+        if self._given is not None:
+            training = self._given.training
+            self._model = self._given.eval()
+            self._stack.callback(self._given.train, training)
+        else:
+            self._model = self._load()
+        self._accepts = frozenset(inspect.signature(self._model.forward).parameters)
+        self._forward: Callable[..., Any] = self._model
+        if self.options.compile:
+            import torch._dynamo
+
+            torch._dynamo.utils.counters.clear()
+            self._forward = torch.compile(self._model, dynamic=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._model = None
+        self._forward = _closed
+        self._stack.close()
+
+    # --- loading -------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> Path | None:
+        """The model's directory, None for a live model or a hub id."""
+        path = Path(self.options.model) if self.options.model else None
+        return path if path is not None and path.is_dir() else None
+
+    def _load(self) -> PreTrainedModel:
+        source = self.options.model
+        if source is None:
+            raise UsageError(f"the spec {self.spec!r} names no model", fix="Add model=DIR, or pass --model DIR")
+        config = load_config(source, trust_remote_code=self.options.trust_remote_code)
+        if self.options.dtype != "float64":
+            loaded = self._from_pretrained(source, self.options.weights or self.options.dtype)
+            return self._place(loaded if self.options.weights is None else _recast(loaded, self.options.dtype))
+        return self._place(to_float64(self._from_pretrained(source, self.options.weights), config))
+
+    def _from_pretrained(self, source: str, dtype: str | None) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        wanted = "auto" if dtype is None else getattr(torch, dtype)
+        arguments: dict[str, Any] = {_dtype_key(): wanted, "use_safetensors": True, "output_loading_info": True}
+        if self.options.attn is not None:
+            arguments["attn_implementation"] = self.options.attn
+        with _model_errors(source):
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                source, trust_remote_code=self.options.trust_remote_code, **arguments
+            )
+        model: PreTrainedModel = pair[0]
+        self._missing = tuple(sorted(str(key) for key in pair[1].get("missing_keys", ())))
+        return model
+
+    def _place(self, model: PreTrainedModel) -> PreTrainedModel:
+        try:
+            placed: PreTrainedModel = model.to(self.options.device).eval()  # type: ignore[arg-type]
+        except (RuntimeError, AssertionError) as error:
+            problem = f"the device {self.options.device!r} cannot be used ({_first_line(error)})"
+            raise UsageError(problem, fix="Run `harness doctor` to see the devices of this machine") from None
+        return placed
+
+    # --- what it is ----------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The live model; only inside the ``with`` block."""
+        if self._model is None:
+            raise EngineError("the engine is closed", fix="Use it inside its with block")
+        return self._model
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model takes, in tokens; None where its config does not say."""
+        return context_length(self.model.config)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The end-of-sequence ids of the model's config."""
+        eos = self.model.config.eos_token_id
+        return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        import torch
+
+        model = self.model
+        parameters = list(model.parameters())
+        directory = self.directory
+        identity = checkpoint.identify(directory) if directory is not None and self._given is None else None
+        return {
+            "engine": "hf",
+            "model": type(model).__name__,
+            "dtype": _common(str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()),
+            "buffers": _common(str(b.dtype).removeprefix("torch.") for b in model.buffers() if b.is_floating_point()),
+            "attn": getattr(model.config, "_attn_implementation", "unknown"),
+            "cache": self._cache_class,
+            "compile": bool(self.options.compile and torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+            "batch": self.options.batch,
+            "threads": torch.get_num_threads(),
+            "device": _common(p.device.type for p in parameters),
+            "parameters": sum(p.numel() for p in parameters),
+            "missing_tensors": list(self._missing),
+            "checkpoint": None if identity is None else identity.digest,
+            "signature": None if identity is None else identity.signature,
+            "versions": versions(),
+        }
+
+    def tokenize(self, suite: Suite) -> tuple[Request, ...] | None:
+        if self._given is not None or self.options.model is None:
+            return None
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.options.model, trust_remote_code=self.options.trust_remote_code)
+        return suites.resolve(
+            suite,
+            self._tokenizer,
+            context=self.context,
+            vocabulary=self.vocabulary,
+            model=self.options.model,
+        )
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the loaded tokenizer, None before `tokenize` or without one."""
+        return suites.tokenizer_digest(self._tokenizer)
+
+    # --- running -------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> decoding.Decoder:
+        """The model as a step function."""
+        pad = self.model.config.pad_token_id
+        return decoding.Decoder(
+            step=self._step, new_cache=self._new_cache, pad_id=0 if pad is None else pad, device=str(self.model.device)
+        )
+
+    def generate(
+        self, requests: Sequence[Request], *, batch_size: int | None, stop_ids: frozenset[int]
+    ) -> list[Generation]:
+        return decoding.greedy(self.decoder, requests, batch_size=self._batch(batch_size), stop_ids=stop_ids)
+
+    def replay(
+        self,
+        requests: Sequence[Request],
+        continuations: Sequence[Sequence[int]],
+        *,
+        batch_size: int | None,
+        sketcher: Sketcher,
+    ) -> None:
+        size = self._batch(batch_size)
+        decoding.replay(self.decoder, requests, continuations, batch_size=size, sketcher=sketcher)
+
+    def prefill(
+        self,
+        requests: Sequence[Request],
+        continuations: Sequence[Sequence[int]],
+        *,
+        batch_size: int | None,
+        sketcher: Sketcher,
+        chunk: int | None = None,
+    ) -> None:
+        size = self._batch(batch_size)
+        decoding.teacher_forced(self.decoder, requests, continuations, batch_size=size, sketcher=sketcher, chunk=chunk)
+
+    def upcast(self) -> HFEngine:
+        """A copy as loaded, its weights *and buffers* then widened to float32 as they are.
+
+        Nothing is reloaded: a buffer that the candidate rounded to 16 bits stays rounded, and visible.
+        """
+        wide = _recast(copy.deepcopy(self.model), "float32")
+        return HFEngine(self.options, text=f"{self.spec} (upcast to float32)", model=wide)
+
+    def _batch(self, batch_size: int | None) -> int | None:
+        return batch_size if self.options.batch is None else self.options.batch
+
+    def _new_cache(self, batch: int, length: int) -> Any:
+        cache = _static_cache(self.model, batch, length) if self.options.static_cache else _dynamic_cache(self.model)
+        self._cache_class = type(cache).__name__
+        return cache
+
+    def _step(
+        self,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        attention_mask_BS: torch.Tensor,
+        cache: Any,
+        keep: int,
+    ) -> torch.Tensor:
+        import torch
+
+        if self._cache_class == "StaticCache" and cache is not None:
+            # A static cache attends over its whole length; what is not written yet is masked.
+            missing = _static_length(cache) - attention_mask_BS.shape[1]
+            attention_mask_BS = torch.nn.functional.pad(attention_mask_BS, (0, missing))
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids_BT,
+            "attention_mask": attention_mask_BS,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if "position_ids" in self._accepts:
+            arguments["position_ids"] = position_ids_BT
+        if "logits_to_keep" in self._accepts:
+            arguments["logits_to_keep"] = keep
+        with self._lift():
+            logits_BTV: torch.Tensor = self._forward(**arguments).logits
+        return logits_BTV
+
+    def _lift(self) -> Any:
+        if self.options.dtype != "float64":
+            return nullcontext()
+        from harness.engines.float64 import Float64Lift
+
+        return Float64Lift()
+
+
+def build(parsed: spec.Spec, *, model: str | None) -> HFEngine:
+    """The engine of a SPEC; ``model`` is used where the spec names none."""
+    options = Options(**{"model": model, **spec.read_options(parsed, READERS)})
+    return HFEngine(options, text=parsed.text)
+
+
+def from_model(model: PreTrainedModel, *, text: str | None = None) -> HFEngine:
+    """An engine around a live transformers model, used as it is."""
+    return HFEngine(Options(), text=text or f"{type(model).__name__} object", model=model)
+
+
+def _declared(options: Options) -> dict[str, Any]:
+    """What the spec promises, in the words of `settings`."""
+    declared: dict[str, Any] = {key: getattr(options, key) for key in ("dtype", "attn", "threads", "batch")}
+    declared["device"] = options.device.partition(":")[0]
+    if options.static_cache:
+        declared["cache"] = "StaticCache"
+    if options.compile:
+        declared["compile"] = True
+    return {key: value for key, value in declared.items() if value is not None}
+
+
+def _common(words: Iterator[str]) -> str:
+    found = sorted(set(words))
+    return found[0] if len(found) == 1 else "+".join(found) or "none"
+
+
+def _closed(**_arguments: Any) -> Any:
+    raise EngineError("the engine is closed", fix="Use it inside its with block")
+
+
+# --- transformers, old and new -----------------------------------------------------------------
+
+
+def _dtype_key() -> str:
+    """`dtype` since transformers 4.56, `torch_dtype` before."""
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def _dynamic_cache(model: PreTrainedModel) -> Any:
+    from transformers import DynamicCache
+
+    takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters
+    return DynamicCache(config=model.config) if takes_config else DynamicCache()
+
+
+def _static_cache(model: PreTrainedModel, batch: int, length: int) -> Any:
+    from transformers import StaticCache
+
+    known = inspect.signature(StaticCache.__init__).parameters
+    wanted: dict[str, Any] = {"max_batch_size": batch, "device": model.device, "dtype": model.dtype}
+    return StaticCache(
+        config=model.config, max_cache_len=length, **{key: value for key, value in wanted.items() if key in known}
+    )
+
+
+def _static_length(cache: Any) -> int:
+    longest = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
+    return int(longest())
+
+
+def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model directory or hub id.
+
+    Raises:
+        ModelError: where there is none, or it is not of a decoder-only language model.
+    """
+    from transformers import AutoConfig
+
+    _must_exist(source)
+    with _model_errors(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source} is an encoder-decoder model", fix="Only decoder-only (causal) language models can be checked"
+        )
+    return config
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory or hub id, None where it brings none."""
+    from transformers import AutoTokenizer
+
+    directory = Path(source)
+    if directory.is_dir() and not any(directory.glob("tokenizer*")):
+        return None
+    with _model_errors(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _must_exist(source: str) -> None:
+    """Fail early for a path that is not there: only ORG/NAME may be looked up on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{source} holds no config.json", fix="Give a directory written by save_pretrained")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) or path.parent.exists():
+        raise ModelError(f"there is no model directory {source}", fix="Check the path given as --model or model=")
+
+
+@contextmanager
+def _model_errors(source: str) -> Iterator[None]:
+    """Turn whatever a loader raises on a bad directory into one clear line.
+
+    Loaders of hostile or damaged files raise nearly anything, so every Exception is caught here and only here.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        problem = f"the model {source} cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+        fix = (
+            "It must be a transformers causal language model with .safetensors weights; `harness doctor` shows versions"
+        )
+        raise ModelError(problem, fix=fix) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence, in tokens: BLOOM calls it ``seq_length`` and only advises it, GPT-2 ``n_positions``."""
+    for key in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# --- precision ---------------------------------------------------------------------------------
+
+
+def _recast(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
+    """Convert weights and buffers to ``dtype`` in place, tensor by tensor."""
+    import torch
+
+    if dtype is None:
+        return model
+    wanted = getattr(torch, dtype)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted)
+    return model
+
+
+def inexact_tensors(native: PreTrainedModel, dtype: str) -> list[str]:
+    """Names of the parameters that change when they are cast to ``dtype``."""
+    import torch
+
+    wanted = getattr(torch, dtype)
+    return [
+        name
+        for name, parameter in native.named_parameters()
+        if parameter.is_floating_point() and not torch.equal(parameter.to(wanted).double(), parameter.double())
+    ]
+
+
+def to_float64(native: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """The same model in true float64: built again under the lift, so that tables which are derived
+    from the config (RoPE frequencies) are computed in float64 and not widened from float32; then the
+    checkpoint's own weights."""
+    import torch
+
+    from harness.engines.float64 import Float64Lift
+
+    # Eager attention: plain operations, each of which the audit can see.
+    native.config._attn_implementation = "eager"
+    with Float64Lift(), default_dtype(torch.float64):
+        wide: PreTrainedModel = type(native)(native.config)
+    for target, source in zip(wide.parameters(), native.parameters(), strict=True):
+        target.data = source.data.to(torch.float64)
+    persistent = native.state_dict()
+    for name, buffer in wide.named_buffers():
+        if name in persistent:
+            buffer.data = persistent[name].to(torch.float64) if buffer.is_floating_point() else persistent[name]
+        elif buffer.is_floating_point():
+            buffer.data = buffer.data.to(torch.float64)
+    return wide
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` torch's default float, and put the old one back."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def audit_float64(engine: HFEngine) -> list[str]:
+    """Operations that made a float below 64 bits in a padded prefill and a decode step; empty is proof enough.
+
+    The engine must be open with ``dtype=float64``.
+    """
+    from harness.engines.float64 import Audit
+
+    steps = partial(_audited_steps, engine)
+    with Audit() as audit:
+        steps()
+    if not audit.operations:
+        return ["the audit saw no operation at all"]
+    return sorted(set(audit.violations))
+
+
+def _audited_steps(engine: HFEngine) -> None:
+    ids = list(range(3, 11)) if engine.vocabulary > 11 else [0] * 8
+    requests = [
+        Request(id="audit-long", prompt_ids=tuple(ids), max_new_tokens=2),
+        Request(id="audit-padded", prompt_ids=tuple(ids[:3]), max_new_tokens=2),
+    ]
+    engine.generate(requests, batch_size=2, stop_ids=frozenset())

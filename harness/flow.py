@@ -1,0 +1,441 @@
+"""record, check: the only place where engines, goldens, comparison and verdict are wired together."""
+
+from __future__ import annotations
+
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import checkpoint, store, suites
+from harness.compare import compare
+from harness.engines import Engine, build_engine, hf, runner
+from harness.environment import machine, versions
+from harness.errors import EngineError, GoldenError, HarnessError, ModelError, StaleError, UsageError
+from harness.numerics.constants import CENTRE_SHARE, FP32_REFERENCE_RATIO, REPLICAS
+from harness.values import Centre, Floor, Golden, ModelRef, Request, Rows, Run, Status, Suite, Trace, Verdict
+from harness.verdict import failed, judge
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str], None]
+PRECISIONS = ("float32", "bfloat16", "float16")
+CANDIDATES = "candidates.toml"
+
+
+def _silent(_text: str) -> None:
+    return None
+
+
+# --- check -------------------------------------------------------------------------------------
+
+
+def check(
+    golden: Golden | str | Path,
+    candidate: Any,
+    *,
+    reference: str | Path | None = None,
+    quick: bool = False,
+    progress: Progress = _silent,
+) -> Verdict:
+    """Is the candidate still the same model as the golden's?
+
+    Args:
+        golden: a golden, or the directory of one.
+        candidate: a SPEC, an Engine, a transformers model, or a Trace.
+        reference: directory of the golden's model, where it does not lie beside the golden.
+        quick: only the suite's quick runs.
+        progress: called with a few words before each pass.
+
+    Raises:
+        HarnessError: for input that cannot be used. An engine that fails gives the status `error` instead.
+    """
+    started = time.perf_counter()
+    if isinstance(candidate, Trace):
+        golden = _read(golden)
+        return _judge(golden, candidate, started)
+    golden, engine = _prepare(golden, candidate, reference)
+    try:
+        with engine:
+            _refuse_other_model(golden, engine)
+            trace = _run(golden, engine, quick=quick, progress=progress)
+    except StaleError as error:
+        return failed(
+            Status.STALE, error.problem, golden=golden.name, candidate=engine.spec, fix=error.fix, check="model"
+        )
+    except EngineError as error:
+        return failed(
+            Status.ERROR, error.problem, golden=golden.name, candidate=engine.spec, fix=error.fix, check="engine"
+        )
+    except HarnessError:
+        raise
+    except Exception as error:  # a port under test can raise anything, and that is a verdict, not our crash
+        problem = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        fix = "Run the engine by itself to see the whole traceback, or set HARNESS_TRACEBACK=1"
+        if os.environ.get("HARNESS_TRACEBACK"):
+            raise
+        return failed(Status.ERROR, problem, golden=golden.name, candidate=engine.spec, fix=fix, check="engine")
+    return _judge(golden, trace, started)
+
+
+def _judge(golden: Golden, trace: Trace, started: float) -> Verdict:
+    comparison = compare(golden, trace)
+    seconds = time.perf_counter() - started
+    return judge(comparison, golden=golden.name, candidate=trace.engine, settings=trace.settings, seconds=seconds)
+
+
+def _read(golden: Golden | str | Path) -> Golden:
+    return golden if isinstance(golden, Golden) else store.read_golden(Path(golden))
+
+
+def _prepare(golden: Golden | str | Path, candidate: Any, reference: str | Path | None) -> tuple[Golden, Engine]:
+    """The spec is read before the golden: a typing error should not cost the time of loading anything."""
+    if isinstance(candidate, str):
+        build_engine(candidate)
+    golden = _read(golden)
+    if isinstance(candidate, str):
+        model = reference_directory(golden, reference)
+        return golden, build_engine(candidate, model=None if model is None else str(model))
+    if isinstance(candidate, Engine):
+        return golden, candidate
+    if _is_transformers_model(candidate):
+        return golden, hf.from_model(candidate)
+    raise UsageError(
+        f"a {type(candidate).__name__} is not a candidate",
+        fix="Give a SPEC, an Engine, a transformers model or a Trace",
+    )
+
+
+def _is_transformers_model(candidate: Any) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(candidate, PreTrainedModel)
+
+
+def reference_directory(golden: Golden, reference: str | Path | None = None) -> Path | None:
+    """Where the golden's model lies: as given, else beside the golden; None where it cannot be found.
+
+    Raises:
+        ModelError: when the given directory is not there.
+        StaleError: when the model there is not the one that the golden was recorded from.
+    """
+    if reference is not None and not Path(reference).is_dir():
+        raise ModelError(f"there is no model directory {reference}", fix="Check the path given as --reference")
+    found = Path(reference) if reference is not None else _beside(golden)
+    if found is None or not found.is_dir():
+        return None
+    if checkpoint.identify(found).digest != golden.model.digest:
+        raise StaleError(
+            f"the model at {found} is not the one that {golden.name} was recorded from",
+            fix="Record the golden again, or restore the model; to test other weights write hf:model=DIR",
+        )
+    return found
+
+
+def _beside(golden: Golden) -> Path | None:
+    path = golden.model.path
+    if golden.directory is None or path is None or Path(path).is_absolute():
+        return None
+    return Path(os.path.normpath(Path(golden.directory) / path))
+
+
+def _refuse_other_model(golden: Golden, engine: Engine) -> None:
+    """Other weights of the same shapes are a candidate to test; other shapes are another model."""
+    signature = engine.settings.get("signature")
+    if signature is not None and signature != golden.model.signature:
+        raise StaleError(
+            f"{engine.spec} is another model than the one of {golden.name}: its tensors have other names or shapes",
+            fix=f"Check it against a golden of its own, or give weights shaped like {golden.model.name}",
+        )
+
+
+def _run(golden: Golden, engine: Engine, *, quick: bool, progress: Progress) -> Trace:
+    runs = [run for run in current_runs(golden) if run.quick or not quick]
+    return runner.run_suite(
+        engine,
+        golden.suite,
+        golden.requests,
+        golden.continuations,
+        runs=runs,
+        stop_ids=frozenset(golden.stop_ids),
+        vocabulary=golden.vocabulary,
+        progress=progress,
+    )
+
+
+def current_runs(golden: Golden) -> Sequence[Run]:
+    """The runs of the suite's file where it is at hand (a new run needs no new golden), else the golden's own.
+
+    Raises:
+        StaleError: when the suite's file now asks other questions than the golden answers.
+    """
+    path = golden.provenance.get("suite_path")
+    if golden.directory is None or not isinstance(path, str) or Path(path).is_absolute():
+        return golden.suite.runs
+    file = Path(os.path.normpath(Path(golden.directory) / path))
+    if not file.is_file():
+        return golden.suite.runs
+    suite = suites.load_suite(file)
+    if suite.digest != golden.suite.digest:
+        raise StaleError(f"{file} was changed after {golden.name} was recorded", fix="Record the golden again")
+    return suite.runs
+
+
+def check_all(root: Path, *, quick: bool) -> Iterator[tuple[Path, str]]:
+    """Every golden under ``root`` with each candidate that the data beside it names, in order.
+
+    Raises:
+        GoldenError: where there is no golden, or no list of candidates beside one.
+    """
+    goldens = store.list_goldens(root)
+    if not goldens:
+        raise GoldenError(f"there is no golden under {root}", fix="Name the directory with --root, or record one")
+    for directory in goldens:
+        for candidate in candidates(directory, quick=quick):
+            yield directory, candidate
+
+
+def candidates(directory: Path, *, quick: bool) -> list[str]:
+    """The SPECs to check a golden with, from `candidates.toml` beside it or one directory up."""
+    file = next((path / CANDIDATES for path in (directory, directory.parent) if (path / CANDIDATES).is_file()), None)
+    if file is None:
+        raise GoldenError(
+            f"no {CANDIDATES} lies beside {directory} or one directory up",
+            fix='Write one with quick = ["hf:dtype=float32"] and full = []',
+        )
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GoldenError(f"{file} is not TOML ({error})", fix="Mend the line that it names") from None
+    lists = [data.get("quick", []), [] if quick else data.get("full", [])]
+    unknown = sorted(set(data) - {"quick", "full"})
+    if unknown or not all(isinstance(one, list) and all(isinstance(spec, str) for spec in one) for one in lists):
+        wrong = f"the key {unknown[0]!r}" if unknown else "something that is no list of SPECs"
+        raise GoldenError(f"{file} holds {wrong}", fix='Write quick = ["hf:dtype=float32"] and full = ["..."]')
+    return [*lists[0], *lists[1]]
+
+
+# --- record ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Noise:
+    """Centres and floors of the declared precisions, and why one is not there."""
+
+    centres: dict[str, Centre]
+    floors: dict[str, Floor]
+    left_out: dict[str, str]
+
+
+def record(
+    model: str | Path,
+    suite: Suite | str | Path,
+    *,
+    out: str | Path,
+    precisions: Sequence[str] = PRECISIONS,
+    replicas: int = REPLICAS,
+    update: bool = False,
+    reason: str | None = None,
+    progress: Progress = _silent,
+) -> Golden:
+    """Record what the reference does, and how much round-off it has in each precision.
+
+    Args:
+        model: a transformers model directory or hub id.
+        suite: a suite, or its file.
+        out: directory of the golden, ``golden/NAME/SUITE``.
+        precisions: precisions that candidates will declare; each costs ``replicas`` passes.
+        replicas: drawn replicas for a floor.
+        update: replace a golden that is there.
+        reason: kept in the golden's history.
+        progress: called with a few words before each step.
+
+    Raises:
+        HarnessError: for input that cannot be used; then nothing is written.
+    """
+    out = Path(out)
+    previous = _previous(out, update)
+    suite_path = None if isinstance(suite, Suite) else Path(suite)
+    suite = suite if isinstance(suite, Suite) else suites.load_suite(suite)
+    identity = checkpoint.identify(Path(model)) if Path(model).is_dir() else None
+    if identity is None:
+        hf.load_config(str(model))
+        raise ModelError(
+            f"{model} is not a directory", fix="Save the model to a directory first, so that its weights have a digest"
+        )
+    progress("resolving prompts")
+    requests, tokenizer_digest, stop_ids, vocabulary = _resolve(str(model), suite)
+    golden = Golden(
+        name=f"{out.resolve().parent.name}/{out.resolve().name}",
+        suite=suite,
+        requests=requests,
+        model=ModelRef(
+            name=Path(model).resolve().name if Path(model).name != "model" else Path(model).resolve().parent.name,
+            path=_relative(Path(model), out),
+            digest=identity.digest,
+            signature=identity.signature,
+            dtype=identity.dtype,
+        ),
+        tokenizer_digest=tokenizer_digest,
+        stop_ids=tuple(sorted(stop_ids)) if suite.stop == "eos" else (),
+        vocabulary=vocabulary,
+        provenance=_provenance(suite_path, out, reason, previous),
+        **_score(
+            str(model), requests, stop_ids if suite.stop == "eos" else frozenset(), precisions, replicas, progress
+        ),
+    )
+    progress("writing")
+    store.write_golden(golden, out)
+    return replace(golden, directory=str(out))
+
+
+def _previous(out: Path, update: bool) -> Golden | None:
+    if not (out / store.JSON_NAME).exists():
+        return None
+    if not update:
+        raise GoldenError(
+            f"there is a golden at {out}", fix="Pass --update to replace it, or another directory as --out"
+        )
+    try:
+        return store.read_golden(out)
+    except GoldenError:
+        return None  # replacing a damaged golden is what --update is for
+
+
+def _resolve(model: str, suite: Suite) -> tuple[tuple[Request, ...], str | None, frozenset[int], int]:
+    with hf.HFEngine(hf.Options(model=model), text="reference") as engine:
+        requests = engine.tokenize(suite)
+        assert requests is not None
+        return requests, engine.tokenizer_digest, engine.stop_ids, engine.vocabulary
+
+
+def _score(
+    model: str,
+    requests: Sequence[Request],
+    stop_ids: frozenset[int],
+    precisions: Sequence[str],
+    replicas: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    from harness import scorer
+
+    progress("auditing float64")
+    precision, why = scorer.reference_precision(model)
+    progress(f"reference in {precision}")
+    scored = scorer.score(model, requests, stop_ids=stop_ids, precision=precision)
+    if scored.rows.nonfinite.any():
+        raise ModelError(
+            f"the reference's own logits are not finite at {int((scored.rows.nonfinite > 0).sum())} positions",
+            fix="A golden of NaN would bless NaN: mend the model first",
+        )
+    noise = _noise(model, requests, scored, precision, precisions, replicas, progress)
+    return {
+        "generations": scored.generations,
+        "rows": scored.rows,
+        "precision": precision if not why else f"{precision} ({why})",
+        "centres": noise.centres,
+        "floors": noise.floors,
+    }
+
+
+def _noise(
+    model: str,
+    requests: Sequence[Request],
+    scored: Any,
+    precision: str,
+    precisions: Sequence[str],
+    replicas: int,
+    progress: Progress,
+) -> _Noise:
+    import numpy as np
+
+    from harness import scorer
+    from harness.replicas import measure_floor
+
+    noise = _Noise(centres={}, floors={}, left_out={})
+    finest: float | None = None
+    for dtype in sorted(precisions, key=PRECISIONS.index):
+        progress(f"{dtype}: centre")
+        centre = scorer.cast_centre(model, requests, scored, dtype, precision=precision)
+        if centre is not None and finest is not None and centre.shift < CENTRE_SHARE * finest:
+            centre = None
+
+        def report(done: int, total: int, dtype: str = dtype) -> None:
+            progress(f"{dtype}: replica {done} of {total}")
+
+        rows: Rows = scored.rows if centre is None else _with_centre(scored.rows, centre)
+        floor = measure_floor(model, requests, scored.continuations, rows, dtype, count=replicas, progress=report)
+        if floor is None:
+            noise.left_out[dtype] = "the reference itself is not finite in it"
+            continue
+        typical = float(np.sqrt(np.mean(floor.sigma.astype(np.float64) ** 2)))
+        if dtype == "float32":
+            finest = typical
+        if precision == "float32" and (finest is None or typical < FP32_REFERENCE_RATIO * finest):
+            noise.left_out[dtype] = "a float32 reference is too coarse for it"
+            continue
+        noise.floors[dtype] = floor
+        if centre is not None:
+            noise.centres[dtype] = centre
+    return noise
+
+
+def _with_centre(rows: Rows, centre: Centre) -> Rows:
+    return replace(
+        rows,
+        logsumexp=centre.logsumexp,
+        token_logit=centre.token_logit,
+        projections=centre.projections,
+        top_ids=centre.top_ids,
+        top_logits=centre.top_logits,
+    )
+
+
+def _relative(path: Path, start: Path) -> str | None:
+    """``path`` as seen from ``start`` where both lie under the working directory: goldens travel with their repo."""
+    here = Path.cwd().resolve()
+    inside = all(here in (place.resolve(), *place.resolve().parents) for place in (path, start))
+    return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix() if inside else None
+
+
+def _provenance(suite_path: Path | None, out: Path, reason: str | None, previous: Golden | None) -> dict[str, Any]:
+    history = list(previous.provenance.get("history", [])) if previous is not None else []
+    entry = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "reason": reason or "recorded"}
+    return {
+        "engine": "hf",
+        "versions": versions(),
+        "machine": machine(),
+        "suite_path": None if suite_path is None else _relative(suite_path, out),
+        "history": [*history, entry],
+    }
+
+
+# --- the reference -----------------------------------------------------------------------------
+
+
+def reference_model(
+    golden: Golden | str | Path, path: str | Path | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A fresh transformers model, the one that the golden was recorded from.
+
+    Args:
+        golden: a golden or its directory.
+        path: the model's directory, where it does not lie beside the golden.
+        dtype: torch dtype to load in; the checkpoint's own by default.
+
+    Raises:
+        ModelError: where the model cannot be found.
+        StaleError: where it is another one by now.
+    """
+    golden = _read(golden)
+    directory = reference_directory(golden, path)
+    if directory is None:
+        raise ModelError(f"the model of {golden.name} is not beside it", fix="Pass its directory as path=")
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    with hf.HFEngine(hf.Options(model=str(directory), dtype=name), text="reference") as engine:
+        return engine.model

@@ -1,0 +1,1 @@
+"""The small test models: recipes that build them from a seed, and nothing downloaded."""

@@ -1,0 +1,1 @@
+"""Render verdicts: terminal text and JSON."""

@@ -1,0 +1,93 @@
+"""Verdicts as text: one line when all is well, else what, how many, worst where, allowed and why, what next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.values import Finding, Verdict
+
+_STYLES = {"identical": "green", "drift": "green", "unmeasured": "yellow", "stale": "yellow"}
+
+
+def style_of(verdict: Verdict) -> str:
+    """Colour of a status."""
+    return _STYLES.get(verdict.status.value, "red")
+
+
+def verdict_to_text(verdict: Verdict) -> str:
+    """The report of one check, plain text without a final newline."""
+    lines = [f"{verdict.status.value}: {verdict.candidate} against {verdict.golden}: {summary(verdict)}"]
+    shown = verdict.failures if not verdict.ok else verdict.findings
+    for finding in shown:
+        lines += _finding(finding)
+    if verdict.power is not None and (not verdict.ok or verdict.power.unmeasured):
+        lines += [f"  not seen: {reason}" for reason in verdict.power.unmeasured]
+    return "\n".join(lines)
+
+
+def summary(verdict: Verdict) -> str:
+    """What was measured, in one line: error against round-off, tokens, what could have been seen."""
+    power = verdict.power
+    if power is None:
+        return "not compared"
+    parts = []
+    worst = worst_ratio(verdict)
+    if worst is not None and power.smallest is not None:
+        parts.append(f"error {worst:.2f} x round-off in {power.precision} (fails from {power.smallest:.2f})")
+    parts.append(token_words(verdict))
+    if power.steps:
+        parts.append(f"{power.coverage:.1%} of {power.steps} steps decidable")
+    return ", ".join(parts)
+
+
+def worst_ratio(verdict: Verdict) -> float | None:
+    """Largest pooled error of any pass, in units of round-off."""
+    ratios = [one.ratio for one in verdict.passes if one.ratio is not None]
+    return max(ratios, default=None)
+
+
+def token_words(verdict: Verdict) -> str:
+    """Differing tokens of the passes that show them on the golden's prefix, else of the free runs."""
+    forced = [one for one in verdict.passes if one.view != "generate"] or list(verdict.passes)
+    flips, steps = sum(one.flips for one in forced), sum(one.steps for one in forced)
+    return f"{flips} of {steps} tokens differ"
+
+
+def _finding(finding: Finding) -> list[str]:
+    lines = [f"  {finding.status.value}: {finding.check}: {finding.message}"]
+    if finding.where:
+        lines.append(f"    worst at {finding.where}")
+    if finding.measured is not None and finding.allowed is not None:
+        lines.append(f"    measured {finding.measured:.3g}, allowed {finding.allowed:.3g}: {finding.why}")
+    elif finding.why:
+        lines.append(f"    why: {finding.why}")
+    if finding.fix:
+        lines.append(f"    next: {finding.fix}")
+    return lines
+
+
+#: Columns of the table of `check --all`: title and width.
+_COLUMNS = (
+    ("status", 16),
+    ("golden", 22),
+    ("candidate", 40),
+    ("error/round-off", 16),
+    ("tokens", 20),
+    ("decidable", 10),
+)
+
+
+def table_header() -> str:
+    """Titles of the table; rows are printed as they come, so widths are fixed."""
+    return "".join(title.ljust(width) for title, width in _COLUMNS) + "seconds"
+
+
+def table_row(verdict: Verdict) -> str:
+    """One check as a row of the table."""
+    worst, power = worst_ratio(verdict), verdict.power
+    ratio = "-" if worst is None or power is None or power.smallest is None else f"{worst:.2f} (< {power.smallest:.2f})"
+    decidable = "-" if power is None or not power.steps else f"{power.coverage:.1%}"
+    tokens = "-" if power is None else token_words(verdict).removesuffix(" tokens differ") + " differ"
+    cells: Sequence[str] = (verdict.status.value, verdict.golden, verdict.candidate, ratio, tokens, decidable)
+    padded = "".join(cell.ljust(width - 1) + " " for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+    return padded + f"{verdict.seconds:.1f}"

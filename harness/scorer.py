@@ -1,0 +1,90 @@
+"""The live reference: teacher-forces token ids and returns its logits, in true float64 where it can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.engines import hf
+from harness.engines.spec import parse_spec
+from harness.numerics import metrics
+from harness.numerics.sketch import Sketcher
+from harness.values import Centre, Generation, Request, Rows
+
+#: Largest model, in parameters, that is recorded in float64: eight bytes each have to fit in memory.
+FLOAT64_PARAMETERS = 2 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """The reference's work on one suite."""
+
+    generations: tuple[Generation, ...]
+    rows: Rows
+
+    @property
+    def continuations(self) -> list[tuple[int, ...]]:
+        return [generation.tokens for generation in self.generations]
+
+
+def open_reference(model: str, dtype: str | None, *, weights: str | None = None) -> hf.HFEngine:
+    """The reference implementation in one precision; ``weights`` are cast to a dtype first (the centre R_D)."""
+    options = [f"{key}={value}" for key, value in (("dtype", dtype), ("weights", weights)) if value]
+    return hf.build(parse_spec("hf:" + ",".join(options)), model=model)
+
+
+def reference_precision(model: str) -> tuple[str, str]:
+    """("float64", "") for a model that fits and passes the audit, else ("float32", the reason)."""
+    with open_reference(model, None) as engine:
+        parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    if parameters > FLOAT64_PARAMETERS:
+        return "float32", f"{parameters:,} parameters are too many for float64 in memory"
+    with open_reference(model, "float64") as engine:
+        violations = hf.audit_float64(engine)
+    if violations:
+        return "float32", f"the float64 audit failed in {len(violations)} operations, e.g. {violations[0]}"
+    return "float64", ""
+
+
+def score(model: str, requests: Sequence[Request], *, stop_ids: frozenset[int], precision: str) -> Scored:
+    """Greedy continuations of the reference, then its logits on prompt and continuation in one pass."""
+    with open_reference(model, precision) as engine:
+        generations = engine.generate(requests, batch_size=None, stop_ids=stop_ids)
+        rows = teacher_forced(engine, requests, [generation.tokens for generation in generations])
+    return Scored(generations=tuple(generations), rows=rows)
+
+
+def teacher_forced(
+    engine: hf.HFEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]], chunk: int | None = None
+) -> Rows:
+    """The engine's logits at every position of prompt and continuation."""
+    sketcher = Sketcher(engine.vocabulary)
+    engine.prefill(requests, continuations, batch_size=None, sketcher=sketcher, chunk=chunk)
+    return sketcher.rows()
+
+
+def cast_centre(
+    model: str, requests: Sequence[Request], scored: Scored, dtype: str, *, precision: str
+) -> Centre | None:
+    """The reference with its weights cast to ``dtype`` (numerics.md 2.2); None where the cast changes no tensor.
+
+    A weight cast is a deterministic quantiser, not noise: its loss is reported, never judged.
+    """
+    with open_reference(model, None) as engine:
+        inexact = hf.inexact_tensors(engine.model, dtype)
+    if not inexact:
+        return None
+    with open_reference(model, precision, weights=dtype) as engine:
+        rows = teacher_forced(engine, requests, scored.continuations)
+    shift = metrics.error_norm(rows.projections, scored.rows.projections)
+    return Centre(
+        logsumexp=rows.logsumexp,
+        token_logit=rows.token_logit,
+        projections=rows.projections,
+        top_ids=rows.top_ids,
+        top_logits=rows.top_logits,
+        shift=float(np.sqrt(np.mean(shift**2))),
+        inexact_tensors=len(inexact),
+    )

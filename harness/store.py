@@ -1,0 +1,407 @@
+"""Read, write and list goldens: readable JSON beside safetensors, never pickle; the only writer under golden/.
+
+A golden is two files. `golden.json` names the SHA-256 of its arrays and carries a digest of itself, so
+whatever is truncated, flipped or exchanged is seen before a number is used. Writing is one atomic step:
+the new arrays are staged under a name that holds their digest, replacing `golden.json` commits, and
+only then do the arrays take their plain name. A reader accepts either name, so at every moment the
+directory holds exactly the old golden or the new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness import suites
+from harness.errors import GoldenError, HarnessError
+from harness.numerics import metrics
+from harness.numerics.bounds import tie_factor
+from harness.numerics.constants import ALPHA_TOKENS, BUCKETS, PROJECTIONS
+from harness.numerics.sketch import GENERATOR
+from harness.values import Centre, Finish, Floor, Generation, Golden, ModelRef, Request, Rows
+
+FORMAT = 1
+JSON_NAME, ARRAYS_NAME = "golden.json", "golden.safetensors"
+_LARGEST_JSON = 64 * 2**20
+_RERECORD = "Restore it from version control, or record it again with `harness record`"
+_FLOAT_ARRAYS = ("logsumexp", "token_logit", "projections", "top_logits")
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def write_golden(golden: Golden, directory: Path) -> None:
+    """Write ``golden`` to ``directory`` atomically; the previous golden, if any, is there until it is replaced."""
+    from safetensors.numpy import save
+
+    payload = save(_arrays(golden))
+    document = _document(golden)
+    document["arrays"] = {"file": ARRAYS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
+    document["digest"] = _digest(document)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        staged = directory / _staged_name(document["arrays"]["sha256"])
+        _replace(staged, payload)
+        _replace(directory / JSON_NAME, _readable(document).encode())
+        os.replace(staged, directory / ARRAYS_NAME)
+        _sync(directory)
+        for leftover in [*directory.glob(f"{ARRAYS_NAME}.*"), *directory.glob(".*.tmp")]:
+            leftover.unlink(missing_ok=True)
+
+
+def _staged_name(digest: str) -> str:
+    return f"{ARRAYS_NAME}.{digest[:16]}"
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One writer at a time: two would leave one's JSON beside the other's arrays."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, payload: bytes) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(payload)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _arrays(golden: Golden) -> dict[str, NDArray[Any]]:
+    rows = golden.rows
+    arrays: dict[str, NDArray[Any]] = {f"reference.{name}": getattr(rows, name) for name in _FLOAT_ARRAYS}
+    arrays |= {"reference.argmax": rows.argmax, "reference.top_ids": rows.top_ids}
+    for precision, centre in golden.centres.items():
+        arrays |= {f"centre.{precision}.{name}": getattr(centre, name) for name in (*_FLOAT_ARRAYS, "top_ids")}
+    for precision, floor in golden.floors.items():
+        arrays |= {f"floor.{precision}.{name}": getattr(floor, name) for name in _FLOOR_ARRAYS}
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+_FLOOR_ARRAYS = ("sigma", "pair", "log_rms", "log_rms_bucket", "log_max")
+
+
+def _document(golden: Golden) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "name": golden.name,
+        "suite": suites.suite_to_dict(golden.suite),
+        "suite_digest": golden.suite.digest,
+        "model": {name: getattr(golden.model, name) for name in ModelRef.__slots__},
+        "tokenizer_digest": golden.tokenizer_digest,
+        "stop_ids": list(golden.stop_ids),
+        "vocabulary": golden.vocabulary,
+        "precision": golden.precision,
+        "projections": GENERATOR,
+        "centres": {
+            precision: {"shift": centre.shift, "inexact_tensors": centre.inexact_tensors}
+            for precision, centre in golden.centres.items()
+        },
+        "floors": {
+            precision: {
+                "median_sigma": float(np.median(floor.sigma)) if len(floor.sigma) else 0.0,
+                "replicas": len(floor.log_rms),
+                "effective": floor.effective,
+                "families": list(floor.families),
+            }
+            for precision, floor in golden.floors.items()
+        },
+        "provenance": dict(golden.provenance),
+        "prompts": [_prompt(golden, index) for index in range(len(golden.requests))],
+    }
+
+
+def _prompt(golden: Golden, index: int) -> dict[str, Any]:
+    request, generation, rows = golden.requests[index], golden.generations[index], golden.rows
+    margin = metrics.margins(rows.top_logits)[rows.request[rows.generated] == index]
+    decidable = {
+        precision: "".join("+" if step else "." for step in steps[rows.request[rows.generated] == index])
+        for precision, steps in decidable_steps(golden).items()
+    }
+    return {
+        "id": request.id,
+        "text": request.text,
+        "max_new_tokens": request.max_new_tokens,
+        "prompt_ids": list(request.prompt_ids),
+        "tokens": list(generation.tokens),
+        "finish": generation.finish,
+        "margins": [round(float(value), 4) if np.isfinite(value) else None for value in margin],
+        "decidable": decidable,
+    }
+
+
+def decidable_steps(golden: Golden) -> dict[str, NDArray[np.bool_]]:
+    """Per precision, the generated steps whose margin exceeds what round-off can turn, [G]."""
+    steps = max(1, int(golden.rows.generated.sum()))
+    factor = tie_factor(steps, ALPHA_TOKENS)
+    return {
+        precision: metrics.margins(golden.centre_rows(precision).top_logits) > factor * floor.pair
+        for precision, floor in golden.floors.items()
+    }
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """Over the content, not the layout: whitespace may change, nothing else."""
+    content = {key: value for key, value in document.items() if key != "digest"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _readable(value: Any, indent: str = "") -> str:
+    """JSON for people and for `git diff`: one key a line, a list of plain values on one line."""
+    deeper = indent + "  "
+    if isinstance(value, Mapping) and value:
+        members = (f"{deeper}{json.dumps(key)}: {_readable(item, deeper)}" for key, item in value.items())
+        return "{\n" + ",\n".join(members) + f"\n{indent}}}" + ("" if indent else "\n")
+    if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
+        return "[\n" + ",\n".join(deeper + _readable(item, deeper) for item in value) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def list_goldens(root: Path) -> list[Path]:
+    """Directories under ``root`` that hold a golden, sorted."""
+    return sorted(path.parent for path in root.rglob(JSON_NAME))
+
+
+def read_golden(directory: Path) -> Golden:
+    """Read and verify a golden. Nothing in it is executed, and no array is used before its digest is right.
+
+    Raises:
+        GoldenError: naming what is wrong and how to mend it.
+    """
+    document = _read_document(directory / JSON_NAME)
+    arrays = _read_arrays(directory, document)
+    try:
+        return replace(_golden(document, arrays), directory=str(directory))
+    except (HarnessError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise GoldenError(
+            f"{directory / JSON_NAME} is not a golden of format {FORMAT} ({type(error).__name__}: {error})",
+            fix=_RERECORD,
+        ) from None
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise GoldenError(
+            f"there is no golden at {path.parent}", fix="`harness record` makes one; `harness check --all` lists them"
+        )
+    if path.stat().st_size > _LARGEST_JSON:
+        raise GoldenError(f"{path} has {path.stat().st_size:,} bytes, which no golden.json has", fix=_RERECORD)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise GoldenError(f"{path} is not JSON ({type(error).__name__})", fix=_RERECORD) from None
+    if not isinstance(document, dict) or "format" not in document:
+        raise GoldenError(f"{path} is JSON but not a golden", fix=_RERECORD)
+    if document["format"] != FORMAT:
+        raise GoldenError(
+            f"{path} has format {document['format']!r}, this version reads {FORMAT}",
+            fix="Record it again, or install the golden-harness that wrote it",
+        )
+    try:
+        sound = document.get("digest") == _digest(document)
+    except (ValueError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise GoldenError(f"{path} was changed after it was written (its digest is wrong)", fix=_RERECORD)
+    return document
+
+
+def _read_arrays(directory: Path, document: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    declared = document.get("arrays")
+    digest = declared.get("sha256") if isinstance(declared, dict) else None
+    if not isinstance(digest, str):
+        raise GoldenError(f"{directory / JSON_NAME} does not name its arrays", fix=_RERECORD)
+    payload = _matching_file(directory, digest)
+    try:
+        return load(payload)
+    except (SafetensorError, ValueError, KeyError, MemoryError) as error:
+        raise GoldenError(f"{directory / ARRAYS_NAME} is not a safetensors file ({error})", fix=_RERECORD) from None
+
+
+def _matching_file(directory: Path, digest: str) -> bytes:
+    problem = f"{directory / ARRAYS_NAME} is missing"
+    for name in (ARRAYS_NAME, _staged_name(digest)):
+        path = directory / name
+        if path.is_file():
+            payload = path.read_bytes()
+            if hashlib.sha256(payload).hexdigest() == digest:
+                return payload
+            problem = f"{path} {_looks_like(payload)}"
+    raise GoldenError(problem, fix=_RERECORD)
+
+
+def _looks_like(payload: bytes) -> str:
+    """What a file with the wrong digest seems to be."""
+    if payload.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "is a pickle or a zip archive, which is never opened"
+    if len(payload) < 8:
+        return "is truncated"
+    if int.from_bytes(payload[:8], "little") > len(payload) - 8:
+        return "is truncated, or its header is larger than the file"
+    return "is damaged: its SHA-256 is not the one in golden.json"
+
+
+def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Golden:
+    suite = suites.suite_from_dict(document["suite"], where=f"golden {document['name']}")
+    requests = tuple(_request(prompt) for prompt in document["prompts"])
+    generations = tuple(
+        Generation(tokens=_ids(prompt["tokens"]), finish=_finish(prompt["finish"])) for prompt in document["prompts"]
+    )
+    layout = _layout(requests, generations)
+    take = _Taker(arrays, rows=len(layout[0]), steps=int(layout[2].sum()), prompts=len(requests))
+    rows = Rows(
+        request=layout[0],
+        position=layout[1],
+        generated=layout[2],
+        argmax=take("reference.argmax", np.int32, "N"),
+        nonfinite=np.zeros(len(layout[0]), dtype=np.int32),
+        fingerprint=np.zeros(int(layout[2].sum()), dtype=np.int64),
+        **take.centre("reference"),
+    )
+    model = document["model"]
+    return Golden(
+        name=str(document["name"]),
+        suite=suite,
+        requests=requests,
+        generations=generations,
+        model=ModelRef(**{name: _text(model[name], name) for name in ModelRef.__slots__}),
+        tokenizer_digest=document["tokenizer_digest"],
+        stop_ids=_ids(document["stop_ids"]),
+        vocabulary=int(document["vocabulary"]),
+        precision=str(document["precision"]),
+        rows=rows,
+        centres={
+            precision: Centre(
+                shift=float(words["shift"]),
+                inexact_tensors=int(words["inexact_tensors"]),
+                **take.centre(f"centre.{precision}"),
+            )
+            for precision, words in document["centres"].items()
+        },
+        floors={
+            precision: Floor(
+                sigma=take(f"floor.{precision}.sigma", np.float32, "N"),
+                pair=take(f"floor.{precision}.pair", np.float32, "G"),
+                log_rms=take(f"floor.{precision}.log_rms", np.float32, "KP"),
+                log_rms_bucket=take(f"floor.{precision}.log_rms_bucket", np.float32, "KB"),
+                log_max=take(f"floor.{precision}.log_max", np.float32, "KP"),
+                effective=float(words["effective"]),
+                families=tuple(map(str, words["families"])),
+            )
+            for precision, words in document["floors"].items()
+        },
+        provenance=dict(document["provenance"]),
+    )
+
+
+def _request(prompt: Mapping[str, Any]) -> Request:
+    text = prompt["text"]
+    if text is not None and not isinstance(text, str):
+        raise ValueError("a prompt's text is not text")
+    return Request(
+        id=str(prompt["id"]),
+        text=text,
+        prompt_ids=_ids(prompt["prompt_ids"]),
+        max_new_tokens=int(prompt["max_new_tokens"]),
+    )
+
+
+def _ids(values: Sequence[Any]) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**31 for value in values):
+        raise ValueError("token ids must be whole numbers from 0")
+    return tuple(values)
+
+
+def _finish(value: Any) -> Finish:
+    if value == "eos" or value == "length":
+        return "eos" if value == "eos" else "length"
+    raise ValueError(f"finish reason {value!r}")
+
+
+def _text(value: Any, name: str) -> Any:
+    if not isinstance(value, str) and not (name == "path" and value is None):
+        raise ValueError(f"model.{name} is not text")
+    return value
+
+
+def _layout(
+    requests: Sequence[Request], generations: Sequence[Generation]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
+    """Request, position and generated flag of every row: positions 1 up to the last token of each sequence."""
+    request, position, generated = [], [], []
+    for index, (asked, given) in enumerate(zip(requests, generations, strict=True)):
+        length = len(asked.prompt_ids) + len(given.tokens)
+        places = np.arange(1, length, dtype=np.int32)
+        position.append(places)
+        request.append(np.full(len(places), index, dtype=np.int32))
+        generated.append(places >= len(asked.prompt_ids))
+    return np.concatenate(request), np.concatenate(position), np.concatenate(generated)
+
+
+class _Taker:
+    """Takes arrays by name, and refuses one of the wrong dtype, shape or with a NaN in it."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], *, rows: int, steps: int, prompts: int) -> None:
+        self._arrays = arrays
+        self._sizes = {"N": rows, "G": steps, "P": prompts, "B": BUCKETS, "J": PROJECTIONS}
+
+    def __call__(self, name: str, dtype: type[np.generic], axes: str) -> NDArray[Any]:
+        array = self._arrays.get(name)
+        if array is None:
+            raise ValueError(f"the array {name} is missing")
+        wanted = [self._sizes.get(axis) for axis in axes]
+        fits = array.ndim == len(axes) and all(
+            size in (None, actual) for size, actual in zip(wanted, array.shape, strict=True)
+        )
+        if array.dtype != dtype or not fits:
+            raise ValueError(f"the array {name} is {array.dtype}{list(array.shape)}, not {dtype.__name__}{wanted}")
+        if np.isnan(array).any():
+            raise ValueError(f"the array {name} holds NaN")
+        return array
+
+    def centre(self, prefix: str) -> dict[str, NDArray[Any]]:
+        return {
+            "logsumexp": self(f"{prefix}.logsumexp", np.float32, "N"),
+            "token_logit": self(f"{prefix}.token_logit", np.float32, "N"),
+            "projections": self(f"{prefix}.projections", np.float32, "NJ"),
+            "top_ids": self(f"{prefix}.top_ids", np.int32, "GT"),
+            "top_logits": self(f"{prefix}.top_logits", np.float32, "GT"),
+        }
