@@ -14,12 +14,13 @@ PIP_TORCH  := $(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $
 OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help check test lint clean
+.PHONY: help check test lint goldens clean
 
 help:
 	@echo "make check   check every shipped golden, in fp32 and bf16"
 	@echo "make test    run the test suite            PYTEST_ARGS='$(PYTEST_ARGS)'"
 	@echo "make lint    ruff and mypy --strict"
+	@echo "make goldens record every shipped golden again (REASON=...)"
 	@echo "make clean   remove .venv, caches and build outputs"
 	@echo "Variables:   PYTHON=$(PYTHON)  TORCH_INDEX=URL (a package index that has the torch build you want)"
 
@@ -33,6 +34,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every shipped golden again, after a model, a suite or a pinned version changed: make goldens REASON="torch 2.14"
+MODELS := bloom-tiny bloom-raw llama-tiny gpt2-tiny
+goldens: $(VENV)/.installed-base
+	@test -n "$(REASON)" || { echo 'Say why: make goldens REASON="..."' >&2; exit 1; }
+	@set -e; for model in $(MODELS); do for suite in prompts/*.toml; do \
+	  $(BIN)/harness record --model golden/$$model/model --suite $$suite \
+	    --out golden/$$model/$$(basename $$suite .toml) --update --reason "$(REASON)"; done; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,6 +33,8 @@ def identify(directory: Path) -> Identity:
         shapes.update(f"{name} {shape}\n".encode())
         content.update(f"{name} {shape} {dtype}\n".encode() + hashlib.sha256(raw).digest())
         sizes[dtype] = sizes.get(dtype, 0) + count
+    if not sizes:
+        raise ModelError(f"{directory} holds no tensor", fix="Give a directory written by save_pretrained")
     native = max(sizes, key=lambda dtype: (sizes[dtype], dtype))
     return Identity(
         digest=content.hexdigest(), signature=shapes.hexdigest(), dtype=native, parameters=sum(sizes.values())
@@ -66,9 +68,13 @@ def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
 
 def _tensor(path: Path, name: str) -> tuple[tuple[int, ...], str, int, bytes]:
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as opened:
-        tensor = opened.get_tensor(name).contiguous()
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensor = opened.get_tensor(name).contiguous()
+    except (SafetensorError, TypeError, RuntimeError) as error:  # a dtype or a shape that torch does not have
+        problem = f"the tensor {name} of {path} cannot be read ({str(error).splitlines()[0]})"
+        raise ModelError(problem, fix="Write it in a dtype that this torch has") from None
     raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.numel(), raw

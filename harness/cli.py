@@ -111,6 +111,8 @@ def check(
 
     if json_file and json_file != "-" and not Path(json_file).resolve().parent.is_dir():
         raise UsageError(f"the directory of --json {json_file} does not exist", fix="Make it first")
+    if json_file and Path(json_file).is_dir():
+        raise UsageError(f"--json {json_file} is a directory", fix="Name a file in it")
     work = list(flow.check_all(root, quick=quick)) if everything else [(golden, spec) for spec in candidates]
     verdicts = []
     table = everything and json_file != "-"
@@ -201,6 +203,9 @@ def record(model: str, suite: Path, out: Path, update: bool, reason: str | None)
         golden = flow.record(model, suite, out=out, update=update, reason=reason, progress=progress)
     steps = int(golden.rows.generated.sum())
     click.echo(f"recorded {out}: {len(golden.requests)} prompts, {steps} tokens, reference in {golden.precision}")
+    for note in (golden.provenance["precision_reason"], *golden.provenance["left_out"].items()):
+        if note:
+            click.echo(f"  note: {note if isinstance(note, str) else ': '.join(note)}")
     from harness.store import decidable_steps
 
     for precision, decidable in decidable_steps(golden).items():

@@ -6,7 +6,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from harness.compare import compare
 from harness.engines import Engine, build_engine, hf, runner
 from harness.environment import machine, versions
 from harness.errors import EngineError, GoldenError, HarnessError, ModelError, StaleError, UsageError
-from harness.numerics.constants import CENTRE_SHARE, FP32_REFERENCE_RATIO, REPLICAS
-from harness.values import Centre, Floor, Golden, ModelRef, Request, Rows, Run, Status, Suite, Trace, Verdict
+from harness.numerics.constants import EFFECT, REPLICAS
+from harness.values import Golden, ModelRef, Request, Run, Status, Suite, Trace, Verdict
 from harness.verdict import failed, judge
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[str], None]
-PRECISIONS = ("float32", "bfloat16", "float16")
 CANDIDATES = "candidates.toml"
 
 
@@ -56,35 +55,42 @@ def check(
         HarnessError: for input that cannot be used. An engine that fails gives the status `error` instead.
     """
     started = time.perf_counter()
+    if isinstance(candidate, str):
+        # The spec is read before the golden: a typing error should not cost the time of loading anything.
+        build_engine(candidate)
+    golden = _read(golden)
     if isinstance(candidate, Trace):
-        golden = _read(golden)
-        return _judge(golden, candidate, started)
-    golden, engine = _prepare(golden, candidate, reference)
+        return _judge(golden, candidate, _asked(golden, quick), started)
+    name = candidate if isinstance(candidate, str) else getattr(candidate, "spec", type(candidate).__name__)
     try:
+        engine = _engine(golden, candidate, reference)
         with engine:
             _refuse_other_model(golden, engine)
-            trace = _run(golden, engine, quick=quick, progress=progress)
+            if engine.vocabulary < golden.vocabulary:
+                problem = f"the candidate has {engine.vocabulary} logit columns, the reference {golden.vocabulary}"
+                fix = "Do not cut the vocabulary; padding it is fine"
+                return failed(
+                    Status.STRUCTURAL, problem, golden=golden.name, candidate=name, fix=fix, check="vocabulary"
+                )
+            runs = _asked(golden, quick)
+            trace = _run(golden, engine, runs, progress)
     except StaleError as error:
-        return failed(
-            Status.STALE, error.problem, golden=golden.name, candidate=engine.spec, fix=error.fix, check="model"
-        )
+        return failed(Status.STALE, error.problem, golden=golden.name, candidate=name, fix=error.fix, check="model")
     except EngineError as error:
-        return failed(
-            Status.ERROR, error.problem, golden=golden.name, candidate=engine.spec, fix=error.fix, check="engine"
-        )
+        return failed(Status.ERROR, error.problem, golden=golden.name, candidate=name, fix=error.fix, check="engine")
     except HarnessError:
         raise
     except Exception as error:  # a port under test can raise anything, and that is a verdict, not our crash
-        problem = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-        fix = "Run the engine by itself to see the whole traceback, or set HARNESS_TRACEBACK=1"
         if os.environ.get("HARNESS_TRACEBACK"):
             raise
-        return failed(Status.ERROR, problem, golden=golden.name, candidate=engine.spec, fix=fix, check="engine")
-    return _judge(golden, trace, started)
+        problem = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        fix = "Set HARNESS_TRACEBACK=1 to see where it was raised"
+        return failed(Status.ERROR, problem, golden=golden.name, candidate=name, fix=fix, check="engine")
+    return _judge(golden, trace, runs, started)
 
 
-def _judge(golden: Golden, trace: Trace, started: float) -> Verdict:
-    comparison = compare(golden, trace)
+def _judge(golden: Golden, trace: Trace, runs: Sequence[Run], started: float) -> Verdict:
+    comparison = compare(golden, trace, runs)
     seconds = time.perf_counter() - started
     return judge(comparison, golden=golden.name, candidate=trace.engine, settings=trace.settings, seconds=seconds)
 
@@ -93,18 +99,14 @@ def _read(golden: Golden | str | Path) -> Golden:
     return golden if isinstance(golden, Golden) else store.read_golden(Path(golden))
 
 
-def _prepare(golden: Golden | str | Path, candidate: Any, reference: str | Path | None) -> tuple[Golden, Engine]:
-    """The spec is read before the golden: a typing error should not cost the time of loading anything."""
-    if isinstance(candidate, str):
-        build_engine(candidate)
-    golden = _read(golden)
+def _engine(golden: Golden, candidate: Any, reference: str | Path | None) -> Engine:
     if isinstance(candidate, str):
         model = reference_directory(golden, reference)
-        return golden, build_engine(candidate, model=None if model is None else str(model))
+        return build_engine(candidate, model=None if model is None else str(model))
     if isinstance(candidate, Engine):
-        return golden, candidate
+        return candidate
     if _is_transformers_model(candidate):
-        return golden, hf.from_model(candidate)
+        return hf.from_model(candidate)
     raise UsageError(
         f"a {type(candidate).__name__} is not a candidate",
         fix="Give a SPEC, an Engine, a transformers model or a Trace",
@@ -154,8 +156,11 @@ def _refuse_other_model(golden: Golden, engine: Engine) -> None:
         )
 
 
-def _run(golden: Golden, engine: Engine, *, quick: bool, progress: Progress) -> Trace:
-    runs = [run for run in current_runs(golden) if run.quick or not quick]
+def _asked(golden: Golden, quick: bool) -> list[Run]:
+    return [run for run in current_runs(golden) if run.quick or not quick]
+
+
+def _run(golden: Golden, engine: Engine, runs: Sequence[Run], progress: Progress) -> Trace:
     return runner.run_suite(
         engine,
         golden.suite,
@@ -217,19 +222,18 @@ def candidates(directory: Path, *, quick: bool) -> list[str]:
     if unknown or not all(isinstance(one, list) and all(isinstance(spec, str) for spec in one) for one in lists):
         wrong = f"the key {unknown[0]!r}" if unknown else "something that is no list of SPECs"
         raise GoldenError(f"{file} holds {wrong}", fix='Write quick = ["hf:dtype=float32"] and full = ["..."]')
-    return [*lists[0], *lists[1]]
+    specs = [*lists[0], *lists[1]]
+    if not specs:
+        raise GoldenError(f"{file} names no candidate", fix='Write quick = ["hf:dtype=float32"], or remove the golden')
+    for spec in specs:
+        try:
+            build_engine(spec)
+        except UsageError as error:
+            raise GoldenError(f"{file}: {error.problem}", fix=error.fix) from None
+    return specs
 
 
 # --- record ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Noise:
-    """Centres and floors of the declared precisions, and why one is not there."""
-
-    centres: dict[str, Centre]
-    floors: dict[str, Floor]
-    left_out: dict[str, str]
 
 
 def record(
@@ -237,7 +241,7 @@ def record(
     suite: Suite | str | Path,
     *,
     out: str | Path,
-    precisions: Sequence[str] = PRECISIONS,
+    precisions: Sequence[str] = tuple(EFFECT),
     replicas: int = REPLICAS,
     update: bool = False,
     reason: str | None = None,
@@ -246,7 +250,7 @@ def record(
     """Record what the reference does, and how much round-off it has in each precision.
 
     Args:
-        model: a transformers model directory or hub id.
+        model: a transformers model directory.
         suite: a suite, or its file.
         out: directory of the golden, ``golden/NAME/SUITE``.
         precisions: precisions that candidates will declare; each costs ``replicas`` passes.
@@ -262,32 +266,42 @@ def record(
     previous = _previous(out, update)
     suite_path = None if isinstance(suite, Suite) else Path(suite)
     suite = suite if isinstance(suite, Suite) else suites.load_suite(suite)
-    identity = checkpoint.identify(Path(model)) if Path(model).is_dir() else None
-    if identity is None:
-        hf.load_config(str(model))
-        raise ModelError(
-            f"{model} is not a directory", fix="Save the model to a directory first, so that its weights have a digest"
-        )
+    hf.must_exist(str(model))
+    identity = checkpoint.identify(Path(model))
     progress("resolving prompts")
-    requests, tokenizer_digest, stop_ids, vocabulary = _resolve(str(model), suite)
+    requests, tokenizer_digest, eos_ids, vocabulary = _resolve(str(model), suite)
+    stop_ids = eos_ids if suite.stop == "eos" else frozenset()
+    from harness.reference import observe
+
+    seen = observe(str(model), requests, stop_ids=stop_ids, precisions=precisions, replicas=replicas, progress=progress)
     golden = Golden(
         name=f"{out.resolve().parent.name}/{out.resolve().name}",
         suite=suite,
         requests=requests,
+        generations=seen.generations,
         model=ModelRef(
-            name=Path(model).resolve().name if Path(model).name != "model" else Path(model).resolve().parent.name,
+            name=_model_name(Path(model)),
             path=_relative(Path(model), out),
             digest=identity.digest,
             signature=identity.signature,
             dtype=identity.dtype,
         ),
         tokenizer_digest=tokenizer_digest,
-        stop_ids=tuple(sorted(stop_ids)) if suite.stop == "eos" else (),
+        stop_ids=tuple(sorted(stop_ids)),
         vocabulary=vocabulary,
-        provenance=_provenance(suite_path, out, reason, previous),
-        **_score(
-            str(model), requests, stop_ids if suite.stop == "eos" else frozenset(), precisions, replicas, progress
-        ),
+        precision=seen.precision,
+        rows=seen.rows,
+        centres=seen.centres,
+        floors=seen.floors,
+        provenance={
+            "engine": "hf",
+            "versions": versions(),
+            "machine": machine(),
+            "suite_path": None if suite_path is None else _relative(suite_path, out),
+            "precision_reason": seen.precision_reason,
+            "left_out": dict(seen.left_out),
+            "history": _history(reason, previous),
+        },
     )
     progress("writing")
     store.write_golden(golden, out)
@@ -309,91 +323,13 @@ def _previous(out: Path, update: bool) -> Golden | None:
 
 def _resolve(model: str, suite: Suite) -> tuple[tuple[Request, ...], str | None, frozenset[int], int]:
     with hf.HFEngine(hf.Options(model=model), text="reference") as engine:
-        requests = engine.tokenize(suite)
-        assert requests is not None
-        return requests, engine.tokenizer_digest, engine.stop_ids, engine.vocabulary
+        return engine.resolve(suite), engine.tokenizer_digest, engine.stop_ids, engine.vocabulary
 
 
-def _score(
-    model: str,
-    requests: Sequence[Request],
-    stop_ids: frozenset[int],
-    precisions: Sequence[str],
-    replicas: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    from harness import scorer
-
-    progress("auditing float64")
-    precision, why = scorer.reference_precision(model)
-    progress(f"reference in {precision}")
-    scored = scorer.score(model, requests, stop_ids=stop_ids, precision=precision)
-    if scored.rows.nonfinite.any():
-        raise ModelError(
-            f"the reference's own logits are not finite at {int((scored.rows.nonfinite > 0).sum())} positions",
-            fix="A golden of NaN would bless NaN: mend the model first",
-        )
-    noise = _noise(model, requests, scored, precision, precisions, replicas, progress)
-    return {
-        "generations": scored.generations,
-        "rows": scored.rows,
-        "precision": precision if not why else f"{precision} ({why})",
-        "centres": noise.centres,
-        "floors": noise.floors,
-    }
-
-
-def _noise(
-    model: str,
-    requests: Sequence[Request],
-    scored: Any,
-    precision: str,
-    precisions: Sequence[str],
-    replicas: int,
-    progress: Progress,
-) -> _Noise:
-    import numpy as np
-
-    from harness import scorer
-    from harness.replicas import measure_floor
-
-    noise = _Noise(centres={}, floors={}, left_out={})
-    finest: float | None = None
-    for dtype in sorted(precisions, key=PRECISIONS.index):
-        progress(f"{dtype}: centre")
-        centre = scorer.cast_centre(model, requests, scored, dtype, precision=precision)
-        if centre is not None and finest is not None and centre.shift < CENTRE_SHARE * finest:
-            centre = None
-
-        def report(done: int, total: int, dtype: str = dtype) -> None:
-            progress(f"{dtype}: replica {done} of {total}")
-
-        rows: Rows = scored.rows if centre is None else _with_centre(scored.rows, centre)
-        floor = measure_floor(model, requests, scored.continuations, rows, dtype, count=replicas, progress=report)
-        if floor is None:
-            noise.left_out[dtype] = "the reference itself is not finite in it"
-            continue
-        typical = float(np.sqrt(np.mean(floor.sigma.astype(np.float64) ** 2)))
-        if dtype == "float32":
-            finest = typical
-        if precision == "float32" and (finest is None or typical < FP32_REFERENCE_RATIO * finest):
-            noise.left_out[dtype] = "a float32 reference is too coarse for it"
-            continue
-        noise.floors[dtype] = floor
-        if centre is not None:
-            noise.centres[dtype] = centre
-    return noise
-
-
-def _with_centre(rows: Rows, centre: Centre) -> Rows:
-    return replace(
-        rows,
-        logsumexp=centre.logsumexp,
-        token_logit=centre.token_logit,
-        projections=centre.projections,
-        top_ids=centre.top_ids,
-        top_logits=centre.top_logits,
-    )
+def _model_name(path: Path) -> str:
+    """The directory's name; for golden/NAME/model it is NAME."""
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _relative(path: Path, start: Path) -> str | None:
@@ -403,16 +339,12 @@ def _relative(path: Path, start: Path) -> str | None:
     return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix() if inside else None
 
 
-def _provenance(suite_path: Path | None, out: Path, reason: str | None, previous: Golden | None) -> dict[str, Any]:
-    history = list(previous.provenance.get("history", [])) if previous is not None else []
-    entry = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "reason": reason or "recorded"}
-    return {
-        "engine": "hf",
-        "versions": versions(),
-        "machine": machine(),
-        "suite_path": None if suite_path is None else _relative(suite_path, out),
-        "history": [*history, entry],
-    }
+def _history(reason: str | None, previous: Golden | None) -> list[dict[str, str]]:
+    history = previous.provenance.get("history") if previous is not None else None
+    return [
+        *(history if isinstance(history, list) else []),
+        {"date": time.strftime("%Y-%m-%d", time.gmtime()), "reason": reason or "recorded"},
+    ]
 
 
 # --- the reference -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from harness.numerics import metrics
 from harness.numerics.bounds import tie_factor
 from harness.numerics.constants import ALPHA_TOKENS, BUCKETS, PROJECTIONS
 from harness.numerics.sketch import GENERATOR
-from harness.values import Centre, Finish, Floor, Generation, Golden, ModelRef, Request, Rows
+from harness.values import Centre, Finish, Floor, Generation, Golden, ModelRef, Request, Rows, Suite
 
 FORMAT = 1
 JSON_NAME, ARRAYS_NAME = "golden.json", "golden.safetensors"
@@ -197,17 +197,25 @@ def list_goldens(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob(JSON_NAME))
 
 
-def read_golden(directory: Path) -> Golden:
+def read_golden(directory: str | Path) -> Golden:
     """Read and verify a golden. Nothing in it is executed, and no array is used before its digest is right.
 
     Raises:
         GoldenError: naming what is wrong and how to mend it.
     """
+    directory = Path(directory)
     document = _read_document(directory / JSON_NAME)
-    arrays = _read_arrays(directory, document)
+    try:
+        arrays = _read_arrays(directory, document)
+    except GoldenError:
+        # A writer may have committed between the two reads: then, and only then, the JSON is another one by now.
+        again = _read_document(directory / JSON_NAME)
+        if again["digest"] == document["digest"]:
+            raise
+        document, arrays = again, _read_arrays(directory, again)
     try:
         return replace(_golden(document, arrays), directory=str(directory))
-    except (HarnessError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (HarnessError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise GoldenError(
             f"{directory / JSON_NAME} is not a golden of format {FORMAT} ({type(error).__name__}: {error})",
             fix=_RERECORD,
@@ -247,44 +255,54 @@ def _read_arrays(directory: Path, document: Mapping[str, Any]) -> dict[str, NDAr
 
     declared = document.get("arrays")
     digest = declared.get("sha256") if isinstance(declared, dict) else None
-    if not isinstance(digest, str):
+    if not isinstance(declared, dict) or not isinstance(digest, str):
         raise GoldenError(f"{directory / JSON_NAME} does not name its arrays", fix=_RERECORD)
-    payload = _matching_file(directory, digest)
+    payload = _matching_file(directory, digest, declared.get("bytes"))
     try:
         return load(payload)
     except (SafetensorError, ValueError, KeyError, MemoryError) as error:
-        raise GoldenError(f"{directory / ARRAYS_NAME} is not a safetensors file ({error})", fix=_RERECORD) from None
+        problem = f"{directory / ARRAYS_NAME} cannot be read as safetensors ({type(error).__name__}: {error})"
+        raise GoldenError(problem, fix=_RERECORD) from None
 
 
-def _matching_file(directory: Path, digest: str) -> bytes:
+def _matching_file(directory: Path, digest: str, size: Any) -> bytes:
     problem = f"{directory / ARRAYS_NAME} is missing"
     for name in (ARRAYS_NAME, _staged_name(digest)):
         path = directory / name
         if path.is_file():
-            payload = path.read_bytes()
-            if hashlib.sha256(payload).hexdigest() == digest:
+            # A file of another size is not read at all: it may be larger than memory.
+            payload = path.read_bytes() if path.stat().st_size == size else None
+            if payload is not None and hashlib.sha256(payload).hexdigest() == digest:
                 return payload
-            problem = f"{path} {_looks_like(payload)}"
+            problem = f"{path} {_looks_like(path)}"
     raise GoldenError(problem, fix=_RERECORD)
 
 
-def _looks_like(payload: bytes) -> str:
+def _looks_like(path: Path) -> str:
     """What a file with the wrong digest seems to be."""
-    if payload.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        head = opened.read(8)
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "is a pickle or a zip archive, which is never opened"
-    if len(payload) < 8:
+    if size < 8:
         return "is truncated"
-    if int.from_bytes(payload[:8], "little") > len(payload) - 8:
+    if int.from_bytes(head, "little") > size - 8:
         return "is truncated, or its header is larger than the file"
     return "is damaged: its SHA-256 is not the one in golden.json"
 
 
 def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Golden:
     suite = suites.suite_from_dict(document["suite"], where=f"golden {document['name']}")
-    requests = tuple(_request(prompt) for prompt in document["prompts"])
+    if document["projections"] != GENERATOR:
+        raise ValueError(f"its projections are {document['projections']!r}, and these are {GENERATOR!r}")
+    vocabulary = int(document["vocabulary"])
+    requests = tuple(_request(prompt, vocabulary) for prompt in document["prompts"])
     generations = tuple(
-        Generation(tokens=_ids(prompt["tokens"]), finish=_finish(prompt["finish"])) for prompt in document["prompts"]
+        Generation(tokens=_ids(prompt["tokens"], vocabulary), finish=_finish(prompt["finish"]))
+        for prompt in document["prompts"]
     )
+    _check_limits(suite, requests, generations)
     layout = _layout(requests, generations)
     take = _Taker(arrays, rows=len(layout[0]), steps=int(layout[2].sum()), prompts=len(requests))
     rows = Rows(
@@ -305,7 +323,7 @@ def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
         model=ModelRef(**{name: _text(model[name], name) for name in ModelRef.__slots__}),
         tokenizer_digest=document["tokenizer_digest"],
         stop_ids=_ids(document["stop_ids"]),
-        vocabulary=int(document["vocabulary"]),
+        vocabulary=vocabulary,
         precision=str(document["precision"]),
         rows=rows,
         centres={
@@ -318,11 +336,7 @@ def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
         },
         floors={
             precision: Floor(
-                sigma=take(f"floor.{precision}.sigma", np.float32, "N"),
-                pair=take(f"floor.{precision}.pair", np.float32, "G"),
-                log_rms=take(f"floor.{precision}.log_rms", np.float32, "KP"),
-                log_rms_bucket=take(f"floor.{precision}.log_rms_bucket", np.float32, "KB"),
-                log_max=take(f"floor.{precision}.log_max", np.float32, "KP"),
+                **take.floor(f"floor.{precision}", replicas=words["replicas"]),
                 effective=float(words["effective"]),
                 families=tuple(map(str, words["families"])),
             )
@@ -332,21 +346,32 @@ def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
     )
 
 
-def _request(prompt: Mapping[str, Any]) -> Request:
+def _check_limits(suite: Suite, requests: Sequence[Request], generations: Sequence[Generation]) -> None:
+    """Limits must be the suite's, and each continuation must end where its limit or its stop id ends it."""
+    limits = {prompt.id: prompt.max_new_tokens or suite.max_new_tokens for prompt in suite.prompts}
+    for request, given in zip(requests, generations, strict=True):
+        length = len(given.tokens)
+        if request.max_new_tokens != limits.get(request.id) or not 1 <= length <= request.max_new_tokens:
+            raise ValueError(f"prompt {request.id!r} has {length} tokens and the limit {request.max_new_tokens}")
+        if given.finish == "length" and length != request.max_new_tokens:
+            raise ValueError(f"prompt {request.id!r} ends by length after {length} of {request.max_new_tokens} tokens")
+
+
+def _request(prompt: Mapping[str, Any], vocabulary: int) -> Request:
     text = prompt["text"]
     if text is not None and not isinstance(text, str):
         raise ValueError("a prompt's text is not text")
     return Request(
         id=str(prompt["id"]),
         text=text,
-        prompt_ids=_ids(prompt["prompt_ids"]),
+        prompt_ids=_ids(prompt["prompt_ids"], vocabulary),
         max_new_tokens=int(prompt["max_new_tokens"]),
     )
 
 
-def _ids(values: Sequence[Any]) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**31 for value in values):
-        raise ValueError("token ids must be whole numbers from 0")
+def _ids(values: Sequence[Any], vocabulary: int = 2**31) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < vocabulary for value in values):
+        raise ValueError(f"token ids must be whole numbers from 0 to {vocabulary - 1}")
     return tuple(values)
 
 
@@ -377,25 +402,36 @@ def _layout(
 
 
 class _Taker:
-    """Takes arrays by name, and refuses one of the wrong dtype, shape or with a NaN in it."""
+    """Takes arrays by name, and refuses one of the wrong dtype or shape, or with a NaN or an infinity in it."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], *, rows: int, steps: int, prompts: int) -> None:
         self._arrays = arrays
         self._sizes = {"N": rows, "G": steps, "P": prompts, "B": BUCKETS, "J": PROJECTIONS}
+        top = arrays.get("reference.top_ids")
+        self._sizes["T"] = max(1, top.shape[-1]) if top is not None and top.ndim else 1
 
     def __call__(self, name: str, dtype: type[np.generic], axes: str) -> NDArray[Any]:
         array = self._arrays.get(name)
         if array is None:
             raise ValueError(f"the array {name} is missing")
-        wanted = [self._sizes.get(axis) for axis in axes]
-        fits = array.ndim == len(axes) and all(
-            size in (None, actual) for size, actual in zip(wanted, array.shape, strict=True)
-        )
-        if array.dtype != dtype or not fits:
+        wanted = [self._sizes[axis] for axis in axes]
+        if array.dtype != dtype or list(array.shape) != wanted:
             raise ValueError(f"the array {name} is {array.dtype}{list(array.shape)}, not {dtype.__name__}{wanted}")
-        if np.isnan(array).any():
-            raise ValueError(f"the array {name} holds NaN")
+        if not (array < np.inf).all():  # minus infinity is the logarithm of no error at all
+            raise ValueError(f"the array {name} holds NaN or an infinity")
         return array
+
+    def floor(self, prefix: str, *, replicas: Any) -> dict[str, NDArray[Any]]:
+        if type(replicas) is not int or replicas < 1:
+            raise ValueError(f"{replicas!r} replicas")
+        self._sizes["K"] = replicas
+        return {
+            "sigma": self(f"{prefix}.sigma", np.float32, "N"),
+            "pair": self(f"{prefix}.pair", np.float32, "G"),
+            "log_rms": self(f"{prefix}.log_rms", np.float32, "KP"),
+            "log_rms_bucket": self(f"{prefix}.log_rms_bucket", np.float32, "KB"),
+            "log_max": self(f"{prefix}.log_max", np.float32, "KP"),
+        }
 
     def centre(self, prefix: str) -> dict[str, NDArray[Any]]:
         return {

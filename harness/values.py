@@ -127,6 +127,9 @@ class Request:
     text: str | None = None
 
 
+#: A setting of a part that no view made use of: neither in force nor out of it.
+NOT_USED = "not used"
+
 # --- what an engine shows ----------------------------------------------------------------------
 
 
@@ -203,7 +206,6 @@ class Trace:
     suite_digest: str
     prompt_ids: tuple[tuple[int, ...], ...] | None
     passes: tuple[Pass, ...]
-    promised: tuple[tuple[str, View], ...]
 
 
 # --- the golden --------------------------------------------------------------------------------
@@ -265,6 +267,20 @@ class Centre:
     inexact_tensors: int
 
 
+def recentred(rows: Rows, centre: Centre | None) -> Rows:
+    """The rows with a centre's numbers in the place of their own; as they are where there is none."""
+    if centre is None:
+        return rows
+    return replace(
+        rows,
+        logsumexp=centre.logsumexp,
+        token_logit=centre.token_logit,
+        projections=centre.projections,
+        top_ids=centre.top_ids,
+        top_logits=centre.top_logits,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Golden:
     """The reference's trace, condensed, with floors and provenance.
@@ -295,17 +311,7 @@ class Golden:
 
     def centre_rows(self, precision: str) -> Rows:
         """What a correct implementation in ``precision`` computes, but for round-off."""
-        centre = self.centres.get(precision)
-        if centre is None:
-            return self.rows
-        return replace(
-            self.rows,
-            logsumexp=centre.logsumexp,
-            token_logit=centre.token_logit,
-            projections=centre.projections,
-            top_ids=centre.top_ids,
-            top_logits=centre.top_logits,
-        )
+        return recentred(self.rows, self.centres.get(precision))
 
 
 # --- the verdict -------------------------------------------------------------------------------
@@ -352,12 +358,13 @@ class Power:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassSummary:
-    """One line of the report: a run and view, its error in floor units, and its tokens."""
+    """One line of the report: a run and view, its error and the failing limit in floor units, and its tokens."""
 
     run: str
     view: View
     repeat: int
     ratio: float | None
+    limit: float | None
     flips: int
     steps: int
     seconds: float

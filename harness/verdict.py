@@ -37,6 +37,8 @@ def overall(statuses: Sequence[Status]) -> Status:
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """Over several checks: 1 if any failed, else 4, 3, 0."""
+    """Over several checks: 1 if any failed, else 4, 3, 0; without a single check 3, since nothing was seen."""
+    if not verdicts:
+        return Status.UNMEASURED.exit_code
     codes = {verdict.status.exit_code for verdict in verdicts}
     return next((code for code in (1, 4, 3) if code in codes), 0)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from harness.compare.context import Context, pass_name, request_name
 from harness.numerics import bounds, metrics
-from harness.numerics.constants import ALPHA_GROUPS, ALPHA_POOLED, BUCKETS, EFFECT
+from harness.numerics.constants import ALPHA_GROUPS, ALPHA_POOLED, BUCKETS
 from harness.values import Finding, Floor, Pass, Status
 
-__all__ = ["Context", "check", "pooled_ratio", "smallest_seen", "unmeasured"]
+__all__ = ["Context", "check", "pooled_limit", "pooled_ratio", "unmeasured"]
 
 
 def check(context: Context) -> list[Finding]:
@@ -41,7 +41,9 @@ def unmeasured(context: Context) -> tuple[str, ...]:
         return ("the candidate shows no logits, and no scorer was asked about its tokens",)
     if context.floor is None:
         known = ", ".join(context.golden.floors) or "none"
-        return (f"the golden has no floor for {context.precision} (floors: {known})",)
+        left_out = context.golden.provenance.get("left_out") or {}
+        reason = f": {left_out[context.precision]}" if context.precision in left_out else ""
+        return (f"the golden has no floor for {context.precision}{reason} (floors: {known})",)
     return ()
 
 
@@ -65,13 +67,9 @@ def _one_pass(context: Context, floor: Floor, one: Pass, passes: int) -> Iterato
     ratios, place = _ratios(context, floor, one)
     if not len(ratios):
         return
-    golden = context.golden
-    rows_of_prompt = np.bincount(golden.rows.request, minlength=len(golden.requests))
     pooled = 0.5 * math.log(max(float(np.mean(ratios**2)), np.finfo(np.float64).tiny))
-    replicas = metrics.pooled(
-        floor.log_rms[:, list(one.requests)].astype(np.float64), rows_of_prompt[list(one.requests)]
-    )
-    found = _judge(context, floor, one, "logits", "all positions", pooled, replicas, alpha=ALPHA_POOLED, tests=passes)
+    bound = _pooled_bound(context, floor, one, passes)
+    found = _judge(context, one, "logits", "all positions", pooled, bound)
     if found is not None:
         yield found
     yield from _groups(context, floor, one, ratios, place, passes)
@@ -99,14 +97,18 @@ def _groups(
         by_bucket = metrics.log_rms(ratios, buckets[place], BUCKETS)
         families.append(("a range of positions", by_bucket, floor.log_rms_bucket, _bucket_place))
     for check_name, values, replicas, describe in families:
-        findings = [
-            _judge(
-                context, floor, one, check_name, describe(context, int(unit)), float(values[unit]),
-                replicas[:, unit].astype(np.float64), alpha=ALPHA_GROUPS, tests=tests,
+        findings = []
+        # -inf marks a unit without rows or without any error; NaN must not be skipped with it.
+        for unit in np.flatnonzero(~np.isneginf(values)):
+            bound = bounds.replica_bound(
+                replicas[:, unit].astype(np.float64),
+                effective=floor.effective,
+                precision=context.precision,
+                alpha=ALPHA_GROUPS,
+                tests=tests,
             )
-            # -inf marks a unit without rows or without any error; NaN must not be skipped with it.
-            for unit in np.flatnonzero(~np.isneginf(values))
-        ]  # fmt: skip
+            where = describe(context, int(unit))
+            findings.append(_judge(context, one, check_name, where, float(values[unit]), bound))
         flagged = [finding for finding in findings if finding is not None]
         if flagged:
             yield _worst(flagged)
@@ -132,21 +134,9 @@ def _bucket_place(context: Context, unit: int) -> str:
 
 
 def _judge(
-    context: Context,
-    floor: Floor,
-    one: Pass,
-    check_name: str,
-    place: str,
-    value: float,
-    replicas: NDArray[np.float64],
-    *,
-    alpha: float,
-    tests: int,
+    context: Context, one: Pass, check_name: str, place: str, value: float, bound: bounds.Bound
 ) -> Finding | None:
     """None within the bound; `drift` beyond chance; `deviates` beyond chance and beyond the effect size."""
-    bound = bounds.replica_bound(
-        replicas, effective=floor.effective, precision=context.precision, alpha=alpha, tests=tests
-    )
     if value <= bound.significant:
         return None
     failed = not value <= bound.failing
@@ -163,18 +153,26 @@ def _judge(
     )
 
 
-def smallest_seen(context: Context) -> float:
-    """Pooled error, in units of the floor, from which the check fails: the best resolved pass."""
-    assert context.floor is not None
-    floor = context.floor
-    shown = [one for one in context.trace.passes if one.rows is not None]
+def pooled_limit(context: Context, one: Pass) -> float | None:
+    """Root mean square error from which this pass fails, in units of round-off; None as for `pooled_ratio`."""
+    if context.floor is None or one.rows is None or not len(one.rows):
+        return None
+    shown = sum(other.rows is not None for other in context.trace.passes)
+    return math.exp(_pooled_bound(context, context.floor, one, shown).failing)
+
+
+def _pooled_replicas(context: Context, floor: Floor, one: Pass) -> NDArray[np.float64]:
+    """S1 of each replica over the prompts of a pass, [K]."""
+    chosen = list(one.requests)
     rows_of_prompt = np.bincount(context.golden.rows.request, minlength=len(context.golden.requests))
-    limits = []
-    for one in shown:
-        chosen = list(one.requests)
-        replicas = metrics.pooled(floor.log_rms[:, chosen].astype(np.float64), rows_of_prompt[chosen])
-        bound = bounds.replica_bound(
-            replicas, effective=floor.effective, precision=context.precision, alpha=ALPHA_POOLED, tests=len(shown)
-        )
-        limits.append(math.exp(bound.failing))
-    return min(limits, default=EFFECT[context.precision])
+    return metrics.pooled(floor.log_rms[:, chosen].astype(np.float64), rows_of_prompt[chosen])
+
+
+def _pooled_bound(context: Context, floor: Floor, one: Pass, passes: int) -> bounds.Bound:
+    return bounds.replica_bound(
+        _pooled_replicas(context, floor, one),
+        effective=floor.effective,
+        precision=context.precision,
+        alpha=ALPHA_POOLED,
+        tests=passes,
+    )

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
 
 from harness.compare.context import pass_name, request_name
-from harness.values import Finding, Golden, Pass, Rows, Status, Trace
+from harness.engines.runner import visits
+from harness.values import NOT_USED, Finding, Golden, Pass, Rows, Run, Status, Trace
 
 
-def check(golden: Golden, trace: Trace) -> list[Finding]:
-    """Everything that can be wrong before two numbers are compared."""
+def check(golden: Golden, trace: Trace, runs: Sequence[Run] | None = None) -> list[Finding]:
+    """Everything that can be wrong before two numbers are compared.
+
+    ``runs`` are what the candidate was asked to do, the suite's own by default.
+    """
+    runs = golden.suite.runs if runs is None else runs
     found = [
         *_suite(golden, trace),
         *_settings(trace),
         *_vocabulary(golden, trace),
         *_prompt_ids(golden, trace),
-        *_passes(golden, trace),
+        *_passes(golden, trace, runs),
     ]
-    if not found:
-        found = [*_nonfinite(golden, trace), *_extra_columns(golden, trace), *_lengths(golden, trace)]
+    if found:
+        return found
+    found = [*_nonfinite(golden, trace), *_extra_columns(golden, trace), *_lengths(golden, trace)]
     return [*found, *_repeats(golden, trace)]
 
 
@@ -42,7 +48,7 @@ def _suite(golden: Golden, trace: Trace) -> Iterator[Finding]:
 def _settings(trace: Trace) -> Iterator[Finding]:
     for key, promised in trace.declared.items():
         actual = trace.settings.get(key)
-        if actual != promised:
+        if actual != promised and actual != NOT_USED:
             yield _structural(
                 "settings",
                 f"{trace.engine} says {key}={promised}, but {key}={actual} is in force",
@@ -96,16 +102,31 @@ def _prompt_ids(golden: Golden, trace: Trace) -> Iterator[Finding]:
         )
 
 
-def _passes(golden: Golden, trace: Trace) -> Iterator[Finding]:
-    """Exactly the promised passes, each with exactly the golden's positions."""
-    held = {(one.run, one.view) for one in trace.passes}
-    for run, view in trace.promised:
-        if (run, view) not in held:
-            yield _structural("passes", f"the output of {run}/{view} is missing", "Show it, or take the view away")
-    for run, view in sorted(held - set(trace.promised)):
-        yield _structural("passes", f"there is an output {run}/{view} that was not asked for", "Check the run's names")
-    for one in trace.passes:
-        yield from _positions(golden, one)
+def _passes(golden: Golden, trace: Trace, runs: Sequence[Run]) -> Iterator[Finding]:
+    """Exactly the passes that were asked for, each visit of them, with exactly the golden's positions.
+
+    What was asked is derived from the runs: a trace that says itself what it had to show could leave out anything.
+    """
+    asked = [
+        (run.name, view, repeat, visit)
+        for run in runs
+        for view in run.views
+        for repeat, visit in enumerate(visits(run, golden.requests))
+    ]
+    held = [(one.run, one.view, one.repeat, one.requests) for one in trace.passes]
+    for run, view, repeat, visit in asked:
+        if (run, view, repeat, visit) not in held:
+            yield _structural(
+                "passes", f"the output of {run}/{view}, visit {repeat + 1}, is missing", "Show it, or do not run it"
+            )
+    surplus = [one for one in held if one not in asked or held.count(one) > 1]
+    for run, view, repeat, _ in sorted(set(surplus)):
+        yield _structural(
+            "passes", f"there is an output {run}/{view}, visit {repeat + 1}, that was not asked for", "Check the names"
+        )
+    if not surplus:
+        for one in trace.passes:
+            yield from _positions(golden, one)
 
 
 def _positions(golden: Golden, one: Pass) -> Iterator[Finding]:
@@ -194,8 +215,8 @@ def _repeats(golden: Golden, trace: Trace) -> Iterator[Finding]:
     by_key: dict[tuple[str, str, tuple[int, ...]], list[Pass]] = {}
     for one in trace.passes:
         by_key.setdefault((one.run, one.view, one.requests), []).append(one)
-    for visits in by_key.values():
-        for first, again in combinations(visits, 2):
+    for seen in by_key.values():
+        for first, again in combinations(seen, 2):
             place = _first_difference(first, again)
             if place is None:
                 continue

@@ -13,8 +13,19 @@ from harness.values import Finding, Pass, Status
 
 
 def check(context: Context) -> list[Finding]:
-    """Judge every flip of every pass."""
-    return [finding for one in context.trace.passes for finding in _one_pass(context, one)]
+    """Judge every flip of every pass, and what no pass has looked at."""
+    found = [finding for one in context.trace.passes for finding in _one_pass(context, one)]
+    behind = _behind(context)
+    if behind and not any(one.view == "replay" for one in context.trace.passes):
+        found.append(
+            Finding(
+                status=Status.UNMEASURED,
+                check="tokens",
+                message=f"{behind} free-running tokens behind a first divergence, and no replay of these steps",
+                fix="Give the suite a run with the view replay",
+            )
+        )
+    return found
 
 
 def steps(context: Context, one: Pass) -> int:
@@ -38,6 +49,14 @@ def flips(context: Context, one: Pass) -> int:
 
 
 def unmeasured(context: Context) -> list[str]:
+    """Free tokens behind a first divergence, in words."""
+    behind = _behind(context)
+    if not behind:
+        return []
+    return [f"{behind} free-running tokens behind a first divergence (only a replay judges these steps)"]
+
+
+def _behind(context: Context) -> int:
     """Free tokens behind a first divergence: their prefix is not the golden's, and no scorer was asked."""
     behind = 0
     for one in context.trace.passes:
@@ -45,9 +64,7 @@ def unmeasured(context: Context) -> list[str]:
             expected = context.golden.generations[index].tokens
             place = _divergence(expected, given.tokens)
             behind += len(expected) - place - 1 if place is not None else 0
-    if not behind:
-        return []
-    return [f"{behind} free-running tokens behind a first divergence (the replay judged these steps on the golden's)"]
+    return behind
 
 
 def _differing(expected: tuple[int, ...], given: tuple[int, ...]) -> int:
@@ -105,12 +122,8 @@ def _one_pass(context: Context, one: Pass) -> Iterator[Finding]:
             fix="Record the golden with this precision, or check in one that it has",
         )
         return
-    # Both tokens are put on the scale of what the reference says: how far apart does *it* hold them?
-    own = _golden_tokens(context)[step]
-    gap = np.abs(
-        metrics.deficit(centre.top_ids[step], centre.top_logits[step], token)
-        - metrics.deficit(centre.top_ids[step], centre.top_logits[step], own)
-    )
+    # How far below its own best does the reference (cast to this precision) put the candidate's token?
+    gap = metrics.deficit(centre.top_ids[step], centre.top_logits[step], token)
     share = gap / np.maximum(floor.pair[step], np.finfo(np.float32).tiny)
     worst = int(np.argmax(share))
     wrong = ~(share <= context.tie)
@@ -129,6 +142,17 @@ def _one_pass(context: Context, one: Pass) -> Iterator[Finding]:
             allowed=context.tie,
             why=why,
             fix="The reference clearly prefers another token: look at the first such step with --json",
+        )
+        return
+    unknown = ~(centre.top_ids[step] == token[:, None]).any(axis=1)
+    if unknown.any():
+        yield Finding(
+            status=Status.UNMEASURED,
+            check="tokens",
+            message=f"{int(unknown.sum())} differing tokens are not among the {centre.top_ids.shape[1]} best that the "
+            "golden keeps: how far away they are is not known",
+            where=where,
+            fix="Check logits too (the replay view), or record on prompts that the model is surer of",
         )
     else:
         yield Finding(

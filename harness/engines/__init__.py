@@ -31,7 +31,7 @@ class Entry:
 ENGINES: Mapping[str, Entry] = {
     "hf": Entry(
         build=hf.build,
-        summary="a transformers causal language model, from a directory or a hub id",
+        summary="a transformers causal language model, from a directory",
         packages=("torch", "transformers", "safetensors"),
     ),
 }

@@ -40,27 +40,32 @@ class Decoder:
     """A step function with what the loops need to know about it.
 
     ``new_cache(batch, length)`` makes an empty KV cache for ``length`` tokens; None where the step
-    keeps no cache, and only ``teacher_forced`` can be used.
+    keeps no cache, and only ``teacher_forced`` can be used. ``prefill_tokens`` bounds a planned batch of
+    ``teacher_forced``, whose logits are all there at once.
     """
 
     step: Step
     new_cache: Callable[[int, int], Any]
     pad_id: int
     device: str
+    prefill_tokens: int = 2**20
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int | None) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_size: int | None, tokens: int = 2**20) -> list[list[int]]:
     """Indices of the requests of each batch.
 
     With a ``batch_size`` requests are taken in the suite's order, however unequal their lengths.
-    Without one, batches are made of prompts of similar length, so that at most half is padding.
+    Without one, batches are made of prompts of similar length, so that at most half is padding, with at most
+    ``tokens`` tokens in each (a single longer prompt is a batch of its own).
     """
     if batch_size is not None:
         return [list(range(i, min(i + batch_size, len(lengths)))) for i in range(0, len(lengths), batch_size)]
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and lengths[index] <= max(_SHORT, 2 * lengths[batches[-1][0]]):
-            batches[-1].append(index)
+        last = batches[-1] if batches else []
+        similar = bool(last) and lengths[index] <= max(_SHORT, 2 * lengths[last[0]])
+        if similar and (len(last) + 1) * lengths[index] <= tokens:
+            last.append(index)
         else:
             batches.append([index])
     return batches
@@ -181,11 +186,14 @@ def _decode(
                 continue
             tokens[row].append(token)
             finished[row] = token in stop_ids
-        if step + 1 == steps or all(done or step + 1 >= limits[row] for row, done in enumerate(finished)):
+        going_on = [step + 1 < limits[row] and not done for row, done in enumerate(finished)]
+        if not any(going_on):
             break
         input_BT = torch.tensor(chosen, dtype=torch.int64, device=decoder.device)[:, None]
-        position_BT = mask_BS.sum(dim=-1, keepdim=True)
-        mask_BS = torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], dim=1)
+        # A row that has ended goes on with masked padding: it may stand at the end of the context, where one
+        # position more would lie behind a table of learned positions.
+        mask_BS = torch.cat([mask_BS, torch.tensor(going_on, device=decoder.device).to(mask_BS.dtype)[:, None]], dim=1)
+        position_BT = mask_BS.sum(dim=-1, keepdim=True) - 1
     return [
         Generation(tokens=tuple(row), finish="eos" if done else "length")
         for row, done in zip(tokens, finished, strict=True)
@@ -206,7 +214,7 @@ def teacher_forced(
     ``chunk`` feeds the sequence in pieces of that many tokens through the KV cache (chunked prefill).
     """
     sequences = [(*request.prompt_ids, *tokens) for request, tokens in zip(requests, continuations, strict=True)]
-    for batch in plan_batches([len(sequence) for sequence in sequences], batch_size):
+    for batch in plan_batches([len(sequence) for sequence in sequences], batch_size, decoder.prefill_tokens):
         inputs = [sequences[i][:-1] for i in batch]
         if max(map(len, inputs)) == 0:
             continue

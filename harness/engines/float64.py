@@ -53,7 +53,9 @@ class Audit(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        # Nothing may be lifted here that a run without an audit leaves narrow: TorchScript comes this way only.
+        with torch._C.DisableTorchFunction():
+            result = func(*args, **(kwargs or {}))
         self.operations += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.dtype in _NARROW and leaf.numel():

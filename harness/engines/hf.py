@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,16 +17,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from harness import checkpoint, suites
-from harness.engines import decoding, spec
+from harness.engines import decoding, hooks, spec
 from harness.engines.base import Engine
 from harness.environment import Quiet, thread_count, versions
 from harness.errors import EngineError, ModelError, UsageError
 from harness.numerics.sketch import Sketcher
-from harness.values import Generation, Request, Suite
+from harness.values import NOT_USED, Generation, Request, Suite
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+#: Logits of one planned prefill batch stay below this, in float64.
+_LOGITS_BYTES = 2**31
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -78,14 +80,15 @@ class HFEngine(Engine):
     def __init__(self, options: Options, *, text: str, model: PreTrainedModel | None = None) -> None:
         self.spec = text
         self.options = options
-        self.declared = _declared(options)
+        self.declared = _declared(options) if model is None or options != Options() else {}
         self.capabilities = frozenset({"tokens", "logits", "replay", "modules", "upcast", "batch", "deterministic"})
         self._given = model
         self._model: PreTrainedModel | None = None
         self._stack = ExitStack()
-        self._cache_class = "none"
+        self._cache_class = NOT_USED
         self._missing: tuple[str, ...] = ()
         self._tokenizer: Any = None
+        self._identity: checkpoint.Identity | None = None
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -103,17 +106,22 @@ class HFEngine(Engine):
 
         self._stack.enter_context(torch.no_grad())
         if self._given is not None:
-            training = self._given.training
+            self._stack.callback(_restore_modes, [(module, module.training) for module in self._given.modules()])
             self._model = self._given.eval()
-            self._stack.callback(self._given.train, training)
         else:
             self._model = self._load()
+            self._identity = None if self.directory is None else checkpoint.identify(self.directory)
+        self._cache_class = NOT_USED
+        if self._model.device.type != "cpu":
+            # Kernels with atomic sums, and split-K by load: only the CPU promises the same bits.
+            self.capabilities -= {"deterministic"}
         self._accepts = frozenset(inspect.signature(self._model.forward).parameters)
         self._forward: Callable[..., Any] = self._model
         if self.options.compile:
             import torch._dynamo
 
             torch._dynamo.utils.counters.clear()
+            self._stack.callback(torch._dynamo.reset)
             self._forward = torch.compile(self._model, dynamic=True)
 
     def __exit__(
@@ -127,7 +135,7 @@ class HFEngine(Engine):
 
     @property
     def directory(self) -> Path | None:
-        """The model's directory, None for a live model or a hub id."""
+        """The model's directory, None for a live model."""
         path = Path(self.options.model) if self.options.model else None
         return path if path is not None and path.is_dir() else None
 
@@ -176,18 +184,27 @@ class HFEngine(Engine):
 
     @property
     def vocabulary(self) -> int:
-        return int(self.model.config.vocab_size)
+        head = self.model.get_output_embeddings()
+        return int(head.weight.shape[0]) if head is not None else int(self._text_config.vocab_size)
+
+    @property
+    def _text_config(self) -> Any:
+        """The language model's part of the config: multimodal models keep it one level down."""
+        return self.model.config.get_text_config()
 
     @property
     def context(self) -> int | None:
         """The longest sequence the model takes, in tokens; None where its config does not say."""
-        return context_length(self.model.config)
+        return context_length(self._text_config)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The end-of-sequence ids of the model's config."""
-        eos = self.model.config.eos_token_id
-        return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        """The end-of-sequence ids of the model's config and generation config, as `generate` takes them."""
+        found: set[int] = set()
+        for config in (self._text_config, self.model.generation_config):
+            eos = getattr(config, "eos_token_id", None)
+            found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        return frozenset(found)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -195,8 +212,7 @@ class HFEngine(Engine):
 
         model = self.model
         parameters = list(model.parameters())
-        directory = self.directory
-        identity = checkpoint.identify(directory) if directory is not None and self._given is None else None
+        identity = self._identity
         return {
             "engine": "hf",
             "model": type(model).__name__,
@@ -216,31 +232,38 @@ class HFEngine(Engine):
         }
 
     def tokenize(self, suite: Suite) -> tuple[Request, ...] | None:
-        if self._given is not None or self.options.model is None:
-            return None
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.options.model, trust_remote_code=self.options.trust_remote_code)
+        return None if self.tokenizer is None else self.resolve(suite)
+
+    def resolve(self, suite: Suite) -> tuple[Request, ...]:
+        """The suite's prompts as ids, by this model's tokenizer; without one only prompts that are ids already."""
         return suites.resolve(
-            suite,
-            self._tokenizer,
-            context=self.context,
-            vocabulary=self.vocabulary,
-            model=self.options.model,
+            suite, self.tokenizer, context=self.context, vocabulary=self.vocabulary, model=str(self.options.model)
         )
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, None for a live model or a directory without one."""
+        if self._tokenizer is None and self._given is None and self.options.model is not None:
+            self._tokenizer = load_tokenizer(self.options.model, trust_remote_code=self.options.trust_remote_code)
+        return self._tokenizer
+
+    @property
     def tokenizer_digest(self) -> str | None:
-        """Digest of the loaded tokenizer, None before `tokenize` or without one."""
-        return suites.tokenizer_digest(self._tokenizer)
+        """Digest of the tokenizer, None without one."""
+        return suites.tokenizer_digest(self.tokenizer)
 
     # --- running -------------------------------------------------------------------------------
 
     @property
     def decoder(self) -> decoding.Decoder:
         """The model as a step function."""
-        pad = self.model.config.pad_token_id
+        pad = getattr(self._text_config, "pad_token_id", None)
         return decoding.Decoder(
-            step=self._step, new_cache=self._new_cache, pad_id=0 if pad is None else pad, device=str(self.model.device)
+            step=self._step,
+            new_cache=self._new_cache,
+            pad_id=pad if pad is not None and 0 <= pad < self.vocabulary else 0,
+            device=str(self.model.device),
+            prefill_tokens=max(1, _LOGITS_BYTES // (8 * self.vocabulary)),
         )
 
     def generate(
@@ -270,6 +293,26 @@ class HFEngine(Engine):
     ) -> None:
         size = self._batch(batch_size)
         decoding.teacher_forced(self.decoder, requests, continuations, batch_size=size, sketcher=sketcher, chunk=chunk)
+
+    def module_outputs(
+        self, requests: Sequence[Request], continuations: Sequence[Sequence[int]], names: Sequence[str] | None = None
+    ) -> dict[str, list[torch.Tensor]]:
+        """Outputs of the named modules (default: the blocks) in one teacher-forced pass a request, batch 1.
+
+        Returns:
+            For each name one tensor a request, [tokens, width], in the dtype the module computes in.
+        """
+        names = hooks.block_names(self.model) if names is None else names
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+        def observe(name: str, output: torch.Tensor) -> None:
+            found[name].append(output[0].clone())
+
+        with hooks.watched(self.model, names, observe):
+            decoding.teacher_forced(
+                self.decoder, requests, continuations, batch_size=1, sketcher=Sketcher(self.vocabulary)
+            )
+        return found
 
     def upcast(self) -> HFEngine:
         """A copy as loaded, its weights *and buffers* then widened to float32 as they are.
@@ -350,6 +393,12 @@ def _common(words: Iterator[str]) -> str:
     return found[0] if len(found) == 1 else "+".join(found) or "none"
 
 
+def _restore_modes(modes: Sequence[tuple[torch.nn.Module, bool]]) -> None:
+    """Put each module back by itself: a frozen part of a model in training was in evaluation mode."""
+    for module, training in modes:
+        module.training = training
+
+
 def _closed(**_arguments: Any) -> Any:
     raise EngineError("the engine is closed", fix="Use it inside its with block")
 
@@ -388,14 +437,14 @@ def _static_length(cache: Any) -> int:
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The config of a model directory or hub id.
+    """The config of a model directory.
 
     Raises:
         ModelError: where there is none, or it is not of a decoder-only language model.
     """
     from transformers import AutoConfig
 
-    _must_exist(source)
+    must_exist(source)
     with _model_errors(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
@@ -406,25 +455,29 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory or hub id, None where it brings none."""
+    """The tokenizer of a model directory, None where it brings none."""
     from transformers import AutoTokenizer
 
     directory = Path(source)
-    if directory.is_dir() and not any(directory.glob("tokenizer*")):
+    must_exist(source)
+    if not any(directory.glob("tokenizer*")):
         return None
     with _model_errors(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def _must_exist(source: str) -> None:
-    """Fail early for a path that is not there: only ORG/NAME may be looked up on the hub."""
+def must_exist(source: str) -> None:
+    """Refuse whatever is no model directory, before a loader takes it for the name of something on a hub.
+
+    Raises:
+        ModelError: where there is no such directory, or it holds no config.json.
+    """
     path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{source} holds no config.json", fix="Give a directory written by save_pretrained")
-        return
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) or path.parent.exists():
-        raise ModelError(f"there is no model directory {source}", fix="Check the path given as --model or model=")
+    if not path.is_dir():
+        fix = "Check the path; a model of a hub is downloaded first: hf download ORG/NAME --local-dir DIR"
+        raise ModelError(f"there is no model directory {source}", fix=fix)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{source} holds no config.json", fix="Give a directory written by save_pretrained")
 
 
 @contextmanager

@@ -36,13 +36,13 @@ def run_suite(
         progress: called with a few words before each pass.
 
     Returns:
-        The trace; ``promised`` lists each (run, view) that it must hold.
+        The trace, with one pass for each run, view and visit.
     """
     own = engine.tokenize(suite)
     passes: list[Pass] = []
     for run in runs:
         for view in run.views:
-            for repeat, visit in enumerate(_visits(run, requests)):
+            for repeat, visit in enumerate(visits(run, requests)):
                 progress(f"{run.name}/{view}")
                 passes.append(
                     _one_pass(engine, run, view, repeat, visit, requests, continuations, stop_ids, vocabulary)
@@ -56,11 +56,10 @@ def run_suite(
         suite_digest=suite.digest,
         prompt_ids=None if own is None else tuple(request.prompt_ids for request in own),
         passes=tuple(passes),
-        promised=tuple((run.name, view) for run in runs for view in run.views),
     )
 
 
-def _visits(run: Run, requests: Sequence[Request]) -> Iterator[tuple[int, ...]]:
+def visits(run: Run, requests: Sequence[Request]) -> Iterator[tuple[int, ...]]:
     """Which requests each visit covers. A-B-A: the first, then the longest other, then the first again."""
     if run.order == "suite":
         yield tuple(range(len(requests)))

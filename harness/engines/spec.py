@@ -95,6 +95,6 @@ def flag(value: str) -> bool:
 
 def positive(value: str) -> int:
     """A reader for a whole number from 1 to 2^20; larger ones are mistakes that would eat the machine."""
-    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 2**20):
+    if not (value.isascii() and value.isdigit() and len(value) <= 7 and 1 <= int(value) <= 2**20):
         raise ValueError("a whole number from 1 to 1048576")
     return int(value)

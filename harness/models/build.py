@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.environment import pinned_threads
+from harness.environment import Quiet, pinned_threads
 from harness.models import grammar, tokenizer
 from harness.models.recipes import CONTEXT, Recipe
 
@@ -33,7 +33,7 @@ _PUSH_SPREAD = 0.03
 _PUSH_EVERY = 25
 _PUSH_UNTIL = 0.6
 _WARMUP = 40
-_INIT_SPREAD = 0.06
+_EMBEDDING_SPREAD = 0.06
 
 #: What was trained, and the loss it ended at, beside the weights.
 TRAINING = "training.json"
@@ -55,22 +55,27 @@ def build(recipe: Recipe, out: Path, *, steps: int | None = None, progress: Prog
     """
     import torch
 
-    with pinned_threads(1), torch.random.fork_rng(devices=[]):
+    with Quiet(), pinned_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         text_tokenizer = tokenizer.train(recipe.vocabulary, seed=recipe.seed, adds_bos=recipe.adds_bos)
         model = _fresh_model(recipe, text_tokenizer)
         loss = _train(model, recipe, text_tokenizer, steps or recipe.steps, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
     try:
-        _save(model.to(getattr(torch, recipe.dtype)), recipe, text_tokenizer, staging)
+        with Quiet():
+            _save(model.to(getattr(torch, recipe.dtype)), recipe, text_tokenizer, staging)
         made = {"recipe": recipe.name, "steps": steps or recipe.steps, "loss": round(loss, 4)}
         (staging / TRAINING).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        for path in staging.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(retired / out.name)
         staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
     out.chmod(0o755)
     return loss
 
@@ -94,7 +99,7 @@ def _fresh_model(recipe: Recipe, text_tokenizer: Tokenizer) -> PreTrainedModel:
                 centre = 0.0 if name.endswith("bias") else 1.0
                 parameter.normal_(centre, _BIAS_SPREAD)
             else:
-                parameter.normal_(0.0, _INIT_SPREAD)
+                parameter.normal_(0.0, recipe.init_spread if "embed" not in name else _EMBEDDING_SPREAD)
     return model
 
 
@@ -158,16 +163,18 @@ def _anywhere(model: PreTrainedModel, ids_BT: torch.Tensor) -> dict[str, torch.T
     if model.config.model_type != "gpt2":
         return {}
     length = ids_BT.shape[1]
-    start = int(torch.randint(0, CONTEXT - length + 1, ()))
+    # Half of them at the beginning, where most prompts are.
+    start = int(torch.randint(0, CONTEXT - length + 1, ())) * int(torch.randint(0, 2, ()))
     return {"position_ids": torch.arange(start, start + length)[None]}
 
 
 @contextmanager
 def _low_precision_alibi(active: bool) -> Iterator[None]:
-    """Round ALiBi to bf16, as a bf16 run of BLOOM does.
+    """Round ALiBi, and the scores it is added to, to bf16, as a bf16 run of BLOOM does.
 
-    Beyond position 256 a bf16 has no bits left for single positions. BLOOM was trained in bf16 and is used to
-    that; a model that only ever saw exact biases is not, and falls apart in bf16 on long prompts. Ours sees both.
+    The bias grows with the absolute position; beyond 256 a bf16 has no bits left for single positions, nor for
+    the scores beside it. BLOOM was trained in bf16 and is used to that; a model that only ever saw exact scores
+    is not, and falls apart in bf16 on long prompts. Ours sees both.
     """
     import torch
 
@@ -177,7 +184,8 @@ def _low_precision_alibi(active: bool) -> Iterator[None]:
     baddbmm = torch.Tensor.baddbmm
 
     def rounded(alibi: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return baddbmm(alibi.to(torch.bfloat16).to(alibi.dtype), *args, **kwargs)
+        scores = baddbmm(alibi.to(torch.bfloat16).to(alibi.dtype), *args, **kwargs)
+        return scores.to(torch.bfloat16).to(alibi.dtype)
 
     torch.Tensor.baddbmm = rounded  # type: ignore[method-assign,assignment]
     try:

@@ -20,9 +20,7 @@ _EDGES = (0.0, 0.1, 0.3, 1.0, 3.0, np.inf)
 
 def describe(root: Path) -> str:
     """A Markdown table, one row for each model under ``root`` that has a `core` golden."""
-    bins = [
-        f"< {high:g}" if np.isfinite(high) else f">= {low:g}" for low, high in itertools.pairwise(_EDGES)
-    ]
+    bins = [f"< {high:g}" if np.isfinite(high) else f">= {low:g}" for low, high in itertools.pairwise(_EDGES)]
     titles = ["model", "parameters", "dtype", "training loss", *(f"margin {label}" for label in bins), "coverage bf16"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for directory in sorted(root.glob("*/core")):

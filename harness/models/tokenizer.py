@@ -57,7 +57,7 @@ def train(vocabulary: int, *, seed: int, adds_bos: bool) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, directory: Path, *, context: int) -> None:
     """Write ``tokenizer.json`` and a ``tokenizer_config.json`` that 4.55 and 5.x both understand."""
-    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)  # a third of the size: all models are under 12 MB
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

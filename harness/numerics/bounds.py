@@ -48,6 +48,8 @@ def replica_bound(
     finite = replicas[np.isfinite(replicas)].astype(np.float64)
     centre = float(finite.mean()) if len(finite) else 0.0
     effect = EFFECT[precision]
+    # A replica without any error on this unit (its log is -inf) says nothing about the spread of the others.
+    effective = min(effective, len(finite))
     if effective < MIN_EFFECTIVE:
         highest = float(finite.max()) if len(finite) else 0.0
         limit = highest + math.log(effect)

@@ -38,7 +38,8 @@ SPREAD_FLOOR = 0.16
 #: row can come out near zero by chance, which would turn harmless noise there into an outlier.
 SIGMA_FLOOR = 0.2
 
-#: A step's logit-difference noise is at least this share of the pooled one (numerics 2.6).
+#: A step's logit-difference noise is at least this share of its prompt's pooled one (numerics 2.6, but by prompt:
+#: docs/decisions/0007-noise-by-prompt.md).
 PAIR_FLOOR = 0.7
 
 #: Entries among which the logit-difference noise of a step is measured (numerics 2.6).
@@ -47,9 +48,6 @@ PAIR_TOP = 5
 #: Multiple of a step's noise beyond which a step counts as decidable in tables about models, where
 #: no number of tokens is given: sqrt(2 ln(N / alpha)) at N = 3,072, alpha = 1e-3 (numerics 2.6).
 COVERAGE_C = 5.5
-
-#: Below this coverage a prompt set is unfit for token tests (numerics 2.6).
-MIN_COVERAGE = 0.8
 
 #: Highest logits kept per generated step (numerics 3).
 TOP = 20

@@ -67,12 +67,14 @@ def position_buckets(position: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.searchsorted(edges, position, side="left").astype(np.int64)
 
 
-def pair_noise(errors: Float64) -> Float64:
+def pair_noise(errors: Float64, units: NDArray[np.integer] | None = None) -> Float64:
     """Root mean square error of a logit difference among the top entries, per step, in logits, [G].
 
     ``errors`` are the replicas' logits less the centre's at its top entries, [K, G, T], NaN where a
     replica does not show one. For two of T values the mean squared difference is twice their unbiased
-    variance.
+    variance. ``units`` [G] name each step's prompt: the floor is a share of what that prompt has, since
+    noise grows with the position in some models (ALiBi in bf16), and a floor pooled over all prompts would
+    excuse on short ones what only long ones have.
     """
     shown = np.isfinite(errors).sum(axis=2)
     usable = shown >= 2
@@ -82,8 +84,11 @@ def pair_noise(errors: Float64) -> Float64:
     spread = np.where(np.isfinite(errors), centred - mean[:, :, None], 0.0)
     squared = 2 * (spread**2).sum(axis=2) / (count - 1)
     noise = np.sqrt((squared * usable).sum(axis=0) / np.maximum(usable.sum(axis=0), 1))
-    pool = np.sqrt(np.mean(noise**2)) if len(noise) else 0.0
-    floored: Float64 = np.maximum(noise, PAIR_FLOOR * pool)
+    if units is None:
+        units = np.zeros(len(noise), dtype=np.int64)
+    steps = np.bincount(units)
+    pool = np.sqrt(np.bincount(units, weights=noise**2) / np.maximum(steps, 1))
+    floored: Float64 = np.maximum(noise, PAIR_FLOOR * pool[units]) if len(noise) else noise
     return floored
 
 
@@ -127,8 +132,3 @@ def deficit(top_ids: NDArray[np.int32], top_logits: Float32, token: NDArray[np.i
     hit = top_ids == token[:, None]
     logit = np.where(hit.any(axis=1), (wide * hit).sum(axis=1), wide[:, -1])
     return wide[:, 0] - logit
-
-
-def log_ratio(measured: float) -> float:
-    """exp, safe for -inf and NaN, so that reports can print a plain ratio."""
-    return float(np.exp(measured)) if np.isfinite(measured) else (0.0 if measured < 0 else float("nan"))

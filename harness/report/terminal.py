@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.values import Finding, Verdict
+from harness.values import Finding, PassSummary, Verdict
 
 _STYLES = {"identical": "green", "drift": "green", "unmeasured": "yellow", "stale": "yellow"}
 
@@ -31,19 +31,19 @@ def summary(verdict: Verdict) -> str:
     if power is None:
         return "not compared"
     parts = []
-    worst = worst_ratio(verdict)
-    if worst is not None and power.smallest is not None:
-        parts.append(f"error {worst:.2f} x round-off in {power.precision} (fails from {power.smallest:.2f})")
+    worst = worst_pass(verdict)
+    if worst is not None:
+        parts.append(f"error {worst.ratio:.2f} x round-off in {power.precision} (fails from {worst.limit:.2f})")
     parts.append(token_words(verdict))
     if power.steps:
         parts.append(f"{power.coverage:.1%} of {power.steps} steps decidable")
     return ", ".join(parts)
 
 
-def worst_ratio(verdict: Verdict) -> float | None:
-    """Largest pooled error of any pass, in units of round-off."""
-    ratios = [one.ratio for one in verdict.passes if one.ratio is not None]
-    return max(ratios, default=None)
+def worst_pass(verdict: Verdict) -> PassSummary | None:
+    """The pass whose pooled error comes nearest to its own limit, None where none was measured."""
+    measured = [one for one in verdict.passes if one.ratio is not None and one.limit]
+    return max(measured, key=lambda one: (one.ratio or 0.0) / (one.limit or 1.0), default=None)
 
 
 def token_words(verdict: Verdict) -> str:
@@ -71,7 +71,7 @@ _COLUMNS = (
     ("status", 16),
     ("golden", 22),
     ("candidate", 40),
-    ("error/round-off", 16),
+    ("error/round-off", 20),
     ("tokens", 20),
     ("decidable", 10),
 )
@@ -84,8 +84,8 @@ def table_header() -> str:
 
 def table_row(verdict: Verdict) -> str:
     """One check as a row of the table."""
-    worst, power = worst_ratio(verdict), verdict.power
-    ratio = "-" if worst is None or power is None or power.smallest is None else f"{worst:.2f} (< {power.smallest:.2f})"
+    worst, power = worst_pass(verdict), verdict.power
+    ratio = "-" if worst is None else f"{worst.ratio:.2f} (limit {worst.limit:.2f})"
     decidable = "-" if power is None or not power.steps else f"{power.coverage:.1%}"
     tokens = "-" if power is None else token_words(verdict).removesuffix(" tokens differ") + " differ"
     cells: Sequence[str] = (verdict.status.value, verdict.golden, verdict.candidate, ratio, tokens, decidable)

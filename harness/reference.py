@@ -1,0 +1,95 @@
+"""The reference's whole work on one suite: continuations, logits, and centre and floor of each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness import scorer
+from harness.errors import ModelError
+from harness.numerics.constants import CENTRE_SHARE, FP32_REFERENCE_RATIO
+from harness.replicas import measure_floor
+from harness.values import Centre, Floor, Generation, Request, Rows, recentred
+
+Progress = Callable[[str], None]
+
+#: Finest first: what fp32 resolves decides which shifts of a centre matter.
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observed:
+    """What a golden is made of. ``precision_reason`` says why the reference is not in float64, ``left_out`` why
+    a precision has no floor; both are empty where all is well."""
+
+    generations: tuple[Generation, ...]
+    rows: Rows
+    precision: str
+    precision_reason: str
+    centres: Mapping[str, Centre]
+    floors: Mapping[str, Floor]
+    left_out: Mapping[str, str]
+
+
+def observe(
+    model: str,
+    requests: Sequence[Request],
+    *,
+    stop_ids: frozenset[int],
+    precisions: Sequence[str],
+    replicas: int,
+    progress: Progress,
+) -> Observed:
+    """Score the requests in float64 where the model allows it, then measure each precision's round-off.
+
+    Raises:
+        ModelError: where the reference's own logits are not finite.
+    """
+    progress("auditing float64")
+    precision, reason = scorer.reference_precision(model)
+    progress(f"reference in {precision}")
+    scored = scorer.score(model, requests, stop_ids=stop_ids, precision=precision)
+    broken = int((scored.rows.nonfinite > 0).sum())
+    if broken:
+        raise ModelError(
+            f"the reference's own logits are not finite at {broken} positions",
+            fix="A golden of NaN would bless NaN: mend the model first",
+        )
+    centres: dict[str, Centre] = {}
+    floors: dict[str, Floor] = {}
+    left_out: dict[str, str] = {}
+    finest: float | None = None
+    for dtype in sorted(precisions, key=PRECISIONS.index):
+        progress(f"{dtype}: centre")
+        centre = scorer.cast_centre(model, requests, scored, dtype, precision=precision)
+        if centre is not None and finest is not None and centre.shift < CENTRE_SHARE * finest:
+            centre = None
+
+        def report(done: int, total: int, dtype: str = dtype) -> None:
+            progress(f"{dtype}: replica {done} of {total}")
+
+        rows = recentred(scored.rows, centre)
+        floor = measure_floor(model, requests, scored.continuations, rows, dtype, count=replicas, progress=report)
+        if floor is None:
+            left_out[dtype] = "the reference, or most of its variants, is not finite in it"
+            continue
+        typical = float(np.sqrt(np.mean(floor.sigma.astype(np.float64) ** 2)))
+        if dtype == "float32":
+            finest = typical
+        if precision == "float32" and (finest is None or typical < FP32_REFERENCE_RATIO * finest):
+            left_out[dtype] = "a float32 reference is too coarse for it"
+            continue
+        floors[dtype] = floor
+        if centre is not None:
+            centres[dtype] = centre
+    return Observed(
+        generations=scored.generations,
+        rows=scored.rows,
+        precision=precision,
+        precision_reason=reason,
+        centres=centres,
+        floors=floors,
+        left_out=left_out,
+    )
