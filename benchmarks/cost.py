@@ -83,7 +83,7 @@ def _check(engine: hf.HFEngine, golden: Golden, *, quick: bool) -> object:
         stop_ids=frozenset(golden.stop_ids),
         vocabulary=golden.vocabulary,
     )
-    verdict = harness.check(golden, trace)
+    verdict = harness.check(golden, trace, quick=quick)
     assert verdict.ok, str(verdict)
     return verdict
 
