@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 #: Planned batches: no row is padded beyond twice its length (short prompts: beyond this many tokens).
-_SHORT = 128
+_SHORT = 96
 _BUFFER_BYTES = 64 * 2**20
 
 
