@@ -143,7 +143,7 @@ def _judge(
     return Finding(
         status=Status.DEVIATES if failed else Status.DRIFT,
         check=check_name,
-        message=f"the error is {math.exp(value - bound.centre):.3g} x the reference's own round-off in "
+        message=f"the error is {math.exp(value):.3g} x the reference's own round-off in "
         f"{context.precision}" + ("" if failed else ", more than chance but too little to be called a bug"),
         where=f"{pass_name(one)}, {place}",
         measured=math.exp(value),

@@ -18,8 +18,8 @@ def verdict_to_text(verdict: Verdict) -> str:
     """The report of one check, plain text without a final newline."""
     lines = [f"{verdict.status.value}: {verdict.candidate} against {verdict.golden}: {summary(verdict)}"]
     shown = verdict.failures if not verdict.ok else verdict.findings
-    for finding in shown:
-        lines += _finding(finding)
+    for finding, others in _worst_of_each_kind(shown):
+        lines += _finding(finding, others)
     if verdict.power is not None and (not verdict.ok or verdict.power.unmeasured):
         lines += [f"  not seen: {reason}" for reason in verdict.power.unmeasured]
     return "\n".join(lines)
@@ -53,10 +53,23 @@ def token_words(verdict: Verdict) -> str:
     return f"{flips} of {steps} tokens differ"
 
 
-def _finding(finding: Finding) -> list[str]:
+def _worst_of_each_kind(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
+    """For each (status, check) the finding furthest beyond its bound, and how many more of the kind there are."""
+    kinds: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault((finding.status.value, finding.check), []).append(finding)
+    return [(max(kind, key=_severity), len(kind) - 1) for kind in kinds.values()]
+
+
+def _severity(finding: Finding) -> float:
+    return (finding.measured or 0.0) / (finding.allowed or 1.0)
+
+
+def _finding(finding: Finding, others: int) -> list[str]:
     lines = [f"  {finding.status.value}: {finding.check}: {finding.message}"]
     if finding.where:
-        lines.append(f"    worst at {finding.where}")
+        beside = f" ({others} more such findings; --json has all)" if others else ""
+        lines.append(f"    worst at {finding.where}{beside}")
     if finding.measured is not None and finding.allowed is not None:
         lines.append(f"    measured {finding.measured:.3g}, allowed {finding.allowed:.3g}: {finding.why}")
     elif finding.why:

@@ -57,3 +57,13 @@ def test_a_verdict_without_comparison_still_prints():
     bare = replace(_GOOD, status=Status.STALE, power=None, passes=())
     assert "not compared" in str(bare)
     assert terminal.table_row(bare).startswith("stale")
+
+
+def test_of_each_kind_the_worst_is_shown_and_the_others_are_counted():
+    """Six runs that fail alike are one block, not six; nothing is left out without being counted."""
+    findings = tuple(replace(_FINDING, measured=float(10 + i), where=f"run-{i}/replay") for i in range(6))
+    other = replace(_FINDING, check="tokens", message="3 tokens are no ties")
+    text = str(replace(_GOOD, status=Status.DEVIATES, findings=(*findings, other)))
+    assert text.count("worst at") == 2
+    assert "run-5/replay (5 more such findings" in text
+    assert "3 tokens are no ties" in text
