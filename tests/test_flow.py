@@ -20,7 +20,7 @@ BENIGN = (
     "hf:dtype=float16",
     "hf:dtype=float32,attn=eager,static_cache=true",
     "hf:dtype=bfloat16,static_cache=true",
-    "hf:dtype=float32,batch=3,threads=2",
+    "hf:dtype=float32,batch=3",
     "hf:dtype=bfloat16,batch=5",
 )
 
@@ -31,6 +31,15 @@ def test_benign_variants_are_ok(goldens, host, candidate):
     """Another precision, cache, batch size or thread count is the same model."""
     verdict = harness.check(goldens / host / "core", candidate, quick=True)
     assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("candidate", ["hf:dtype=float32,threads=2", "hf:dtype=bfloat16,threads=2,batch=5"])
+def test_the_number_of_threads_is_ok(goldens, host, candidate):
+    """More threads sum in another order, and are the same model (on a short suite: tests share the cores)."""
+    verdict = harness.check(goldens / host / "translate", candidate, quick=True)
+    assert verdict.ok, str(verdict)
+    assert verdict.settings["threads"] == 2
 
 
 @pytest.mark.parametrize("host", HOSTS)
