@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from harness.compare import logits, structure, tokens
-from harness.compare.context import Comparison, compare_context
+from harness.compare.context import Comparison, Context, compare_context
 from harness.values import NOT_USED, Finding, Golden, PassSummary, Power, Run, Trace
 
 __all__ = ["Comparison", "compare"]
@@ -27,7 +27,7 @@ def compare(golden: Golden, trace: Trace, runs: Sequence[Run] | None = None) -> 
     return Comparison(findings=tuple(findings), power=_power(context), passes=_summaries(context))
 
 
-def _power(context: logits.Context) -> Power:
+def _power(context: Context) -> Power:
     golden, floor = context.golden, context.floor
     unmeasured = list(logits.unmeasured(context)) + tokens.unmeasured(context)
     if context.trace.prompt_ids is None:
@@ -50,7 +50,7 @@ def _power(context: logits.Context) -> Power:
     )
 
 
-def _summaries(context: logits.Context) -> tuple[PassSummary, ...]:
+def _summaries(context: Context) -> tuple[PassSummary, ...]:
     return tuple(
         PassSummary(
             run=one.run,

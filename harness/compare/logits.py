@@ -14,8 +14,6 @@ from harness.numerics import bounds, metrics
 from harness.numerics.constants import ALPHA_GROUPS, ALPHA_POOLED, BUCKETS
 from harness.values import Finding, Floor, Pass, Status
 
-__all__ = ["Context", "check", "pooled_limit", "pooled_ratio", "unmeasured"]
-
 
 def check(context: Context) -> list[Finding]:
     """Judge the size of the error of every pass that shows logits."""

@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,7 @@ class Options:
 
     ``dtype`` None is the checkpoint's own. ``weights`` rounds the weights to a dtype first and then computes
     in ``dtype``: with float64 this is the centre R_D of numerics.md 2.2. ``batch`` overrides every run's size.
+    ``device`` None is the CPU for a model that is loaded, and wherever it is for a live one.
     """
 
     model: str | None = None
@@ -64,7 +65,7 @@ class Options:
     compile: bool = False
     batch: int | None = None
     threads: int | None = None
-    device: str = "cpu"
+    device: str | None = None
     trust_remote_code: bool = False
 
 
@@ -80,7 +81,9 @@ class HFEngine(Engine):
     def __init__(self, options: Options, *, text: str, model: PreTrainedModel | None = None) -> None:
         self.spec = text
         self.options = options
-        self.declared = _declared(options) if model is None or options != Options() else {}
+        # A model that is loaded goes to the CPU where nothing else is said; a live one is where it is.
+        device = options.device if model is not None else options.device or "cpu"
+        self.declared = _declared(options, device)
         self.capabilities = frozenset({"tokens", "logits", "replay", "modules", "upcast", "batch", "deterministic"})
         self._given = model
         self._model: PreTrainedModel | None = None
@@ -110,7 +113,6 @@ class HFEngine(Engine):
             self._model = self._given.eval()
         else:
             self._model = self._load()
-            self._identity = None if self.directory is None else checkpoint.identify(self.directory)
         self._cache_class = NOT_USED
         if self._model.device.type != "cpu":
             # Kernels with atomic sums, and split-K by load: only the CPU promises the same bits.
@@ -167,7 +169,7 @@ class HFEngine(Engine):
 
     def _place(self, model: PreTrainedModel) -> PreTrainedModel:
         try:
-            placed: PreTrainedModel = model.to(self.options.device).eval()  # type: ignore[arg-type]
+            placed: PreTrainedModel = model.to(self.options.device or "cpu").eval()  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
             problem = f"the device {self.options.device!r} cannot be used ({_first_line(error)})"
             raise UsageError(problem, fix="Run `harness doctor` to see the devices of this machine") from None
@@ -212,6 +214,9 @@ class HFEngine(Engine):
 
         model = self.model
         parameters = list(model.parameters())
+        # Read when first asked for: recording opens a dozen engines, and asks none of them.
+        if self._identity is None and self._given is None and self.directory is not None:
+            self._identity = checkpoint.identify(self.directory)
         identity = self._identity
         return {
             "engine": "hf",
@@ -320,7 +325,8 @@ class HFEngine(Engine):
         Nothing is reloaded: a buffer that the candidate rounded to 16 bits stays rounded, and visible.
         """
         wide = _recast(copy.deepcopy(self.model), "float32")
-        return HFEngine(self.options, text=f"{self.spec} (upcast to float32)", model=wide)
+        options = replace(self.options, dtype="float32", weights=None)
+        return HFEngine(options, text=f"{self.spec} (upcast to float32)", model=wide)
 
     def _batch(self, batch_size: int | None) -> int | None:
         return batch_size if self.options.batch is None else self.options.batch
@@ -377,10 +383,10 @@ def from_model(model: PreTrainedModel, *, text: str | None = None) -> HFEngine:
     return HFEngine(Options(), text=text or f"{type(model).__name__} object", model=model)
 
 
-def _declared(options: Options) -> dict[str, Any]:
+def _declared(options: Options, device: str | None) -> dict[str, Any]:
     """What the spec promises, in the words of `settings`."""
     declared: dict[str, Any] = {key: getattr(options, key) for key in ("dtype", "attn", "threads", "batch")}
-    declared["device"] = options.device.partition(":")[0]
+    declared["device"] = None if device is None else device.partition(":")[0]
     if options.static_cache:
         declared["cache"] = "StaticCache"
     if options.compile:

@@ -326,6 +326,13 @@ def test_upcast_is_a_copy():
         assert 0 < error_of(narrow, plain).max() < 10 * plain.top_logits.std()
 
 
+def test_upcast_promises_what_it_is(model):
+    """The upcast copy of a bf16 spec says float32: its own name must not make it structural."""
+    with opened("hf:dtype=bfloat16", model) as engine, engine.upcast() as wide:
+        assert engine.declared["dtype"] == "bfloat16"
+        assert wide.declared["dtype"] == wide.settings["dtype"] == "float32"
+
+
 def test_upcast_keeps_a_rounded_buffer_rounded():
     """A RoPE table that the candidate rounded to bf16 is still rounded in the upcast copy, where it shows."""
     live = random_model("llama")
