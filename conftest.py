@@ -42,7 +42,7 @@ def small_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         write_model(Path("golden/small/model"))
         suite = write_suite(Path("prompts/small.toml"))
-        flow.record("golden/small/model", suite, out="golden/small/small", replicas=6)
+        flow.record("golden/small/model", suite, out="golden/small/small", replicas=24)
     finally:
         os.chdir(before)
     return home

@@ -80,6 +80,7 @@ def _progress(quiet: bool = False) -> Iterator[Callable[[str], None]]:
 @click.option(
     "--reference", type=click.Path(path_type=Path), metavar="DIR", help="The golden's model, if not beside it."
 )
+@click.option("--no-upcast", is_flag=True, help="Judge 16-bit candidates as shipped only, without a float32 copy.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the verdicts as JSON; '-' for standard output.")
 def check(
     golden: Path | None,
@@ -88,18 +89,19 @@ def check(
     quick: bool,
     root: Path,
     reference: Path | None,
+    no_upcast: bool,
     json_file: str | None,
 ) -> int:
-    r"""Check a candidate against the golden in directory GOLDEN.
+    """Check a candidate against the golden in directory GOLDEN.
 
     \b
     harness check golden/bloom-tiny/core -c hf:dtype=bfloat16
     harness check golden/bloom-tiny/core -c hf:model=path/to/my/weights,dtype=float32
     harness check --all --quick
 
-    A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, attn, static_cache, compile, batch,
-    threads, device, weights and trust_remote_code.
-    """
+    A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
+    compile, batch, chunk, show, threads, device and trust_remote_code.
+    """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     if everything == (golden is not None):
         raise UsageError("give either one golden or --all", fix="E.g. harness check golden/bloom-tiny/core -c hf")
     if everything and (candidates or reference):
@@ -122,7 +124,7 @@ def check(
         for number, (directory, spec) in enumerate(work, start=1):
             assert directory is not None
             report = _prefixed(progress, f"{number}/{len(work)} {directory} {spec}: ")
-            one = flow.check(directory, spec, reference=reference, quick=quick, progress=report)
+            one = flow.check(directory, spec, reference=reference, quick=quick, upcast=not no_upcast, progress=report)
             verdicts.append(one)
             if table:
                 _table_row(one)
@@ -189,18 +191,29 @@ def _write_json(data: list[dict[str, Any]], target: str) -> None:
 @click.option("--model", required=True, metavar="DIR", help="Directory of a transformers causal language model.")
 @click.option("--suite", required=True, type=click.Path(path_type=Path), help="E.g. prompts/core.toml.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write, golden/NAME/SUITE.")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=2),
+    multiple=True,
+    metavar="N",
+    help="Measure round-off of N-way tensor parallelism as well; may be repeated.",
+)
 @click.option("--update", is_flag=True, help="Replace the golden that is there.")
 @click.option("--reason", metavar="TEXT", help="Why, kept in the golden's history.")
-def record(model: str, suite: Path, out: Path, update: bool, reason: str | None) -> int:
-    r"""Record a golden: the reference's tokens and logits, and its own round-off in fp32, bf16 and fp16.
+def record(
+    model: str, suite: Path, out: Path, tensor_parallel: tuple[int, ...], update: bool, reason: str | None
+) -> int:
+    """Record a golden: the reference's tokens and logits, and its own round-off in fp32, bf16 and fp16.
 
     \b
     harness record --model path/to/model --suite prompts/core.toml --out golden/my-model/core
-    """
+    """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     from harness import flow
 
     with _progress() as progress:
-        golden = flow.record(model, suite, out=out, update=update, reason=reason, progress=progress)
+        golden = flow.record(
+            model, suite, out=out, parallel=tensor_parallel, update=update, reason=reason, progress=progress
+        )
     steps = int(golden.rows.generated.sum())
     click.echo(f"recorded {out}: {len(golden.requests)} prompts, {steps} tokens, reference in {golden.precision}")
     for note in (golden.provenance["precision_reason"], *golden.provenance["left_out"].items()):
@@ -271,6 +284,127 @@ def models_table(root: Path) -> int:
 
     click.echo(describe(root))
     return 0
+
+
+# --- power -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--nulls", type=click.IntRange(min=1), metavar="N", help="At least N verdicts, then the table.")
+@click.option("--spreads", is_flag=True, help="Measure how far correct implementations scatter, for constants.py.")
+@click.option("--groups", type=click.IntRange(min=1), metavar="G", help="For --spreads: groups of prompts a model.")
+@click.option("--summary", is_flag=True, help="The table of what is there.")
+@click.option("--list", "listed", is_flag=True, help="The held-out implementations.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path(".power"), show_default=True, help="Directory.")
+@click.option("--shard", metavar="I/N", help="Do part I (from 0) of N; each part is a process of its own.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="Stop after that long.")
+@click.option("--json", "json_file", metavar="FILE", help="Write every verdict as JSON; '-' for standard output.")
+def power(
+    nulls: int | None,
+    spreads: bool,
+    groups: int | None,
+    summary: bool,
+    listed: bool,
+    work: Path,
+    shard: str | None,
+    minutes: float | None,
+    json_file: str | None,
+) -> int:
+    """Measure false alarms: check correct implementations that the goldens know nothing of.
+
+    \b
+    harness power --nulls 3000
+    harness power --nulls 3000 --shard 0/2 --minutes 30
+    harness power --spreads --groups 6
+
+    What is done stays in the directory --work, and a run goes on where the last one ended.
+    """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
+    if [nulls is not None, spreads, summary, listed].count(True) != 1:
+        raise UsageError("give one of --nulls, --spreads, --summary and --list", fix="E.g. harness power --nulls 3000")
+    if spreads != (groups is not None):
+        raise UsageError("--spreads and --groups go together", fix="E.g. harness power --spreads --groups 6")
+    if (summary or listed) and (shard or minutes):
+        raise UsageError("--shard and --minutes are of a run", fix="Give them with --nulls or --spreads")
+    if (spreads or listed) and json_file:
+        raise UsageError("--json is of the nulls", fix="Give it with --nulls or --summary")
+    _must_be_writable(json_file)
+    part = _part(shard)
+    # Before torch is loaded: the second thread of a family, spinning while it waits, would hold up the other shards.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if listed:
+        _list_families()
+    elif groups is not None:
+        _measure_spreads(groups, work, part, minutes)
+    else:
+        _count_alarms(nulls, work, part, minutes, json_file)
+    return 0
+
+
+def _must_be_writable(json_file: str | None) -> None:
+    """Before hours of work, not after them."""
+    if json_file and json_file != "-" and not Path(json_file).resolve().parent.is_dir():
+        raise UsageError(f"the directory of --json {json_file} does not exist", fix="Make it first")
+    if json_file and Path(json_file).is_dir():
+        raise UsageError(f"--json {json_file} is a directory", fix="Name a file in it")
+
+
+def _list_families() -> None:
+    from harness.mutations.benign import FAMILIES
+
+    for family in FAMILIES.values():
+        click.echo(f"{family.name:15} {family.what}")
+
+
+def _measure_spreads(groups: int, work: Path, part: tuple[int, int], minutes: float | None) -> None:
+    from harness import power as bench
+
+    with _counted("pilot") as progress:
+        bench.run_pilot(groups, work, progress, part, minutes=minutes)
+    results = bench.of_this_rule(bench.read_results(work, bench.PILOT))
+    click.echo(bench.table_to_literal(bench.spreads(results)))
+
+
+def _count_alarms(
+    nulls: int | None, work: Path, part: tuple[int, int], minutes: float | None, json_file: str | None
+) -> None:
+    """Run the nulls, where a number is given, and print the table of all that are there."""
+    from harness import power as bench
+
+    if nulls is not None:
+        with _counted("nulls") as progress:
+            bench.run_nulls(nulls, work, progress, part, minutes=minutes)
+    results = bench.read_results(work, bench.NULLS)
+    found = bench.summarise(results)
+    if json_file != "-":
+        click.echo(bench.summary_to_text(found))
+    if json_file:
+        _write_json([bench.summary_to_dict(found, results)], json_file)
+
+
+def _part(shard: str | None) -> tuple[int, int]:
+    """(index, number) of ``I/N``; the whole where there is none."""
+    index, slash, number = (shard or "0/1").partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal() and int(index) < int(number)):
+        raise UsageError(f"--shard {shard} is no part of a run", fix="Write I/N with I from 0 to N - 1, e.g. 0/2")
+    return int(index), int(number)
+
+
+@contextmanager
+def _counted(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on the error stream: how many verdicts are there, how many there will be, what is being done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
 # --- doctor ------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import checkpoint, store, suites
-from harness.compare import compare
+from harness import checkpoint, scorer, store, suites
+from harness.compare import FUNCTION_VIEWS, Spreads, compare, diverged
+from harness.compare.context import declared_precision
 from harness.engines import Engine, build_engine, hf, runner
 from harness.environment import machine, versions
 from harness.errors import EngineError, GoldenError, HarnessError, ModelError, StaleError, UsageError
+from harness.numerics import quantise
 from harness.numerics.constants import EFFECT, REPLICAS
-from harness.values import Golden, ModelRef, Request, Run, Status, Suite, Trace, Verdict
+from harness.values import Golden, ModelRef, Request, Rows, Run, Scoring, Status, Suite, Trace, Verdict, View
 from harness.verdict import failed, judge
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def check(
     *,
     reference: str | Path | None = None,
     quick: bool = False,
+    upcast: bool = True,
+    spreads: Spreads | None = None,
     progress: Progress = _silent,
 ) -> Verdict:
     """Is the candidate still the same model as the golden's?
@@ -49,6 +53,9 @@ def check(
         candidate: a SPEC, an Engine, a transformers model, or a Trace.
         reference: directory of the golden's model, where it does not lie beside the golden.
         quick: only the suite's quick runs.
+        upcast: ask both questions, also the one about the function, for which a copy of the candidate is widened
+            to float32. Without it a candidate in 16 bits is judged as shipped alone.
+        spreads: scatter of each statistic between families by precision; the null bench leaves a family's own out.
         progress: called with a few words before each pass.
 
     Raises:
@@ -60,7 +67,7 @@ def check(
         build_engine(candidate)
     golden = _read(golden)
     if isinstance(candidate, Trace):
-        return _judge(golden, candidate, _asked(golden, quick), started)
+        return _judge(golden, candidate, _asked(golden, quick), reference, spreads, progress, started)
     name = candidate if isinstance(candidate, str) else getattr(candidate, "spec", type(candidate).__name__)
     try:
         engine = _engine(golden, candidate, reference)
@@ -74,6 +81,8 @@ def check(
                 )
             runs = _asked(golden, quick)
             trace = _run(golden, engine, runs, progress)
+            if upcast:
+                trace = _with_upcast(golden, engine, trace, runs, progress)
     except StaleError as error:
         return failed(Status.STALE, error.problem, golden=golden.name, candidate=name, fix=error.fix, check="model")
     except EngineError as error:
@@ -86,13 +95,90 @@ def check(
         problem = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         fix = "Set HARNESS_TRACEBACK=1 to see where it was raised"
         return failed(Status.ERROR, problem, golden=golden.name, candidate=name, fix=fix, check="engine")
-    return _judge(golden, trace, runs, started)
+    return _judge(golden, trace, runs, reference, spreads, progress, started)
 
 
-def _judge(golden: Golden, trace: Trace, runs: Sequence[Run], started: float) -> Verdict:
-    comparison = compare(golden, trace, runs)
+def _judge(
+    golden: Golden,
+    trace: Trace,
+    runs: Sequence[Run],
+    reference: str | Path | None,
+    spreads: Spreads | None,
+    progress: Progress,
+    started: float,
+) -> Verdict:
+    scoring = _scoring(golden, trace, reference, progress)
+    comparison = compare(golden, trace, runs, scoring=scoring, spreads=spreads)
     seconds = time.perf_counter() - started
     return judge(comparison, golden=golden.name, candidate=trace.engine, settings=trace.settings, seconds=seconds)
+
+
+def _with_upcast(golden: Golden, engine: Engine, trace: Trace, runs: Sequence[Run], progress: Progress) -> Trace:
+    """The trace with that of a copy of the live candidate, widened to float32 as it is (numerics.md 2.1)."""
+    if declared_precision(trace.settings) in ("float32", "float64"):
+        return trace
+    if "upcast" not in engine.capabilities:
+        return replace(trace, upcast_reason=f"{engine.spec} cannot be widened to float32")
+    try:
+        with engine.upcast() as wide:
+            found = _run(golden, wide, runs, lambda text: progress(f"float32 copy: {text}"), FUNCTION_VIEWS)
+            # Afterwards: a candidate that keeps state between requests must not be brought into one by the audit.
+            narrow = wide.narrow_operation()
+            if narrow:
+                reason = f"its float32 copy still computes in 16 bits ({narrow})"
+                return replace(trace, upcast_reason=reason)
+    except Exception as error:  # whatever a candidate raises when it is widened, its run as shipped still counts
+        if os.environ.get("HARNESS_TRACEBACK"):
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return replace(trace, upcast_reason=f"its float32 copy fails ({type(error).__name__}: {first})")
+    return replace(trace, upcast=found)
+
+
+def _scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress: Progress) -> Scoring:
+    """What only a live reference can say: tokens behind a divergence, what quantised weights should give."""
+    free = tuple(diverged(golden, trace))
+    scheme, unknown = trace.settings.get("weights"), trace.settings.get("quantised")
+    scheme = scheme if scheme in quantise.SCHEMES else None
+    if not free and scheme is None and unknown is None:
+        return Scoring()
+    try:
+        model = reference_directory(golden, reference)
+    except StaleError as error:
+        return Scoring(reason=error.problem)  # what was run still counts; the wrong model is not asked about it
+    if model is None:
+        return Scoring(reason="the golden's model is not at hand to ask")
+    dtype = declared_precision(trace.settings)
+    if dtype not in hf.DTYPES:
+        return Scoring(reason=f"the candidate computes in {dtype}")
+
+    def quantised(
+        name: str,
+        requests: Sequence[Request] = golden.requests,
+        continuations: Sequence[Sequence[int]] = golden.continuations,
+        precision: str = golden.precision,
+    ) -> Rows:
+        progress(f"reference with {name} weights")
+        return scorer.quantised_centre(
+            str(model), requests, continuations, scheme=name, dtype=dtype, precision=precision
+        )
+
+    rescored = None
+    if free:
+        progress("reference on the candidate's own tokens")
+        weights = dtype if dtype in golden.centres else None
+        rescored = (
+            quantised(scheme, [golden.requests[index] for index, _ in free], [tokens for _, tokens in free])
+            if scheme is not None
+            else scorer.rescore(str(model), golden.requests, free, precision=golden.precision, weights=weights)
+        )
+    return Scoring(
+        free=rescored,
+        continuations=free,
+        centre=None if scheme is None else quantised(scheme),
+        nearest=None if unknown is None else quantised(str(unknown), precision=dtype),
+        nearest_wide=None if unknown is None or dtype == "float32" else quantised(str(unknown)),
+    )
 
 
 def _read(golden: Golden | str | Path) -> Golden:
@@ -160,7 +246,13 @@ def _asked(golden: Golden, quick: bool) -> list[Run]:
     return [run for run in current_runs(golden) if run.quick or not quick]
 
 
-def _run(golden: Golden, engine: Engine, runs: Sequence[Run], progress: Progress) -> Trace:
+def _run(
+    golden: Golden,
+    engine: Engine,
+    runs: Sequence[Run],
+    progress: Progress,
+    views: tuple[View, ...] | None = None,
+) -> Trace:
     return runner.run_suite(
         engine,
         golden.suite,
@@ -169,6 +261,7 @@ def _run(golden: Golden, engine: Engine, runs: Sequence[Run], progress: Progress
         runs=runs,
         stop_ids=frozenset(golden.stop_ids),
         vocabulary=golden.vocabulary,
+        views=views,
         progress=progress,
     )
 
@@ -243,6 +336,7 @@ def record(
     out: str | Path,
     precisions: Sequence[str] = tuple(EFFECT),
     replicas: int = REPLICAS,
+    parallel: Sequence[int] = (),
     update: bool = False,
     reason: str | None = None,
     progress: Progress = _silent,
@@ -255,6 +349,7 @@ def record(
         out: directory of the golden, ``golden/NAME/SUITE``.
         precisions: precisions that candidates will declare; each costs ``replicas`` passes.
         replicas: drawn replicas for a floor.
+        parallel: sizes of tensor parallelism that candidates will declare; each gets floors of its own.
         update: replace a golden that is there.
         reason: kept in the golden's history.
         progress: called with a few words before each step.
@@ -264,6 +359,14 @@ def record(
     """
     out = Path(out)
     previous = _previous(out, update)
+    unknown = [precision for precision in precisions if precision not in EFFECT]
+    if unknown:
+        raise UsageError(f"no floor can be measured in {unknown[0]}", fix=f"Choose among {', '.join(EFFECT)}")
+    if replicas < 2 or any(size < 2 for size in parallel):
+        raise UsageError(
+            f"{replicas} replicas and tensor parallelism of {list(parallel)} cannot be measured",
+            fix="Draw two replicas at least (24 is the default), and name sizes from 2 on",
+        )
     suite_path = None if isinstance(suite, Suite) else Path(suite)
     suite = suite if isinstance(suite, Suite) else suites.load_suite(suite)
     hf.must_exist(str(model))
@@ -273,7 +376,15 @@ def record(
     stop_ids = eos_ids if suite.stop == "eos" else frozenset()
     from harness.reference import observe
 
-    seen = observe(str(model), requests, stop_ids=stop_ids, precisions=precisions, replicas=replicas, progress=progress)
+    seen = observe(
+        str(model),
+        requests,
+        stop_ids=stop_ids,
+        precisions=precisions,
+        replicas=replicas,
+        parallel=parallel,
+        progress=progress,
+    )
     golden = Golden(
         name=f"{out.resolve().parent.name}/{out.resolve().name}",
         suite=suite,
@@ -293,6 +404,7 @@ def record(
         rows=seen.rows,
         centres=seen.centres,
         floors=seen.floors,
+        directions=seen.directions,
         provenance={
             "engine": "hf",
             "versions": versions(),

@@ -11,6 +11,7 @@ from harness import scorer
 from harness.errors import ModelError
 from harness.numerics.constants import CENTRE_SHARE, FP32_REFERENCE_RATIO
 from harness.replicas import measure_floor
+from harness.scorer import Direction
 from harness.values import Centre, Floor, Generation, Request, Rows, recentred
 
 Progress = Callable[[str], None]
@@ -30,6 +31,7 @@ class Observed:
     precision_reason: str
     centres: Mapping[str, Centre]
     floors: Mapping[str, Floor]
+    directions: Mapping[str, Direction]
     left_out: Mapping[str, str]
 
 
@@ -40,9 +42,12 @@ def observe(
     stop_ids: frozenset[int],
     precisions: Sequence[str],
     replicas: int,
+    parallel: Sequence[int] = (),
     progress: Progress,
 ) -> Observed:
     """Score the requests in float64 where the model allows it, then measure each precision's round-off.
+
+    ``parallel`` are the sizes of tensor parallelism that get a floor of their own, named ``bfloat16/tp2``.
 
     Raises:
         ModelError: where the reference's own logits are not finite.
@@ -57,6 +62,9 @@ def observe(
             f"the reference's own logits are not finite at {broken} positions",
             fix="A golden of NaN would bless NaN: mend the model first",
         )
+    progress("directions of weight quantisers")
+    directions = scorer.directions(model, requests, scored, precision=precision)
+    along = list(directions.values())
     centres: dict[str, Centre] = {}
     floors: dict[str, Floor] = {}
     left_out: dict[str, str] = {}
@@ -67,11 +75,25 @@ def observe(
         if centre is not None and finest is not None and centre.shift < CENTRE_SHARE * finest:
             centre = None
 
-        def report(done: int, total: int, dtype: str = dtype) -> None:
-            progress(f"{dtype}: replica {done} of {total}")
-
         rows = recentred(scored.rows, centre)
-        floor = measure_floor(model, requests, scored.continuations, rows, dtype, count=replicas, progress=report)
+
+        def floor_of(size: int | None = None, rows: Rows = rows, name: str = dtype, dtype: str = dtype) -> Floor | None:
+            def report(done: int, total: int) -> None:
+                progress(f"{name}: replica {done} of {total}")
+
+            return measure_floor(
+                model,
+                requests,
+                scored.continuations,
+                rows,
+                dtype,
+                directions=along,
+                count=replicas,
+                parallel=size,
+                progress=report,
+            )
+
+        floor = floor_of()
         if floor is None:
             left_out[dtype] = "the reference, or most of its variants, is not finite in it"
             continue
@@ -82,6 +104,11 @@ def observe(
             left_out[dtype] = "a float32 reference is too coarse for it"
             continue
         floors[dtype] = floor
+        for size in parallel:
+            name = f"{dtype}/tp{size}"
+            sharded = floor_of(size, name=name)
+            if sharded is not None:
+                floors[name] = sharded
         if centre is not None:
             centres[dtype] = centre
     return Observed(
@@ -91,5 +118,6 @@ def observe(
         precision_reason=reason,
         centres=centres,
         floors=floors,
+        directions=directions,
         left_out=left_out,
     )

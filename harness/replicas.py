@@ -10,6 +10,7 @@ Weights are views, never copies: a draw costs time, not memory.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.numerics import metrics
-from harness.numerics.constants import BUCKETS, PAIR_TOP, REPLICAS
+from harness.numerics.constants import PAIR_TOP, REPLICAS
+from harness.numerics.moments import measure, scale_of, stack
 from harness.scorer import open_reference, teacher_forced
 from harness.values import Floor, Request, Rows
 
@@ -40,8 +43,11 @@ class Draw:
     Attributes:
         seed: draws the split of each Linear; None leaves every Linear whole.
         attention: kernel to run attention in, None to leave it.
-        norms: ``"fused"`` rounds a norm's result once, ``"unfused"`` after each step, None leaves it.
+        norms: ``"fused"`` rounds a norm's result once, ``"unfused"`` after each step, ``"mixed"`` draws that for
+            each norm by itself, None leaves them.
         chunk: prefill in chunks of that many tokens, None in one piece.
+        pieces: cut each Linear evenly into that many, as tensor parallelism of that size does, instead of at
+            drawn places; None draws.
         wide: matrix products of fp16 operands are computed in fp32 and rounded once, as tensor cores do.
             A CPU without fp16 products is several times faster so.
     """
@@ -50,11 +56,12 @@ class Draw:
     attention: str | None = None
     norms: str | None = None
     chunk: int | None = None
+    pieces: int | None = None
     wide: bool = False
 
     def __str__(self) -> str:
         parts = [
-            "whole sums" if self.seed is None else "split sums",
+            "whole sums" if self.seed is None else f"sums in {self.pieces or 'drawn'} pieces",
             self.attention or "attention as loaded",
             f"{self.norms} norms" if self.norms else "norms as loaded",
             f"prefill by {self.chunk}" if self.chunk else "one prefill",
@@ -63,10 +70,14 @@ class Draw:
         return ", ".join(parts)
 
 
-def draw(count: int, seed: int, kernels: tuple[str, ...], *, wide: bool = False) -> list[Draw]:
+def draw(
+    count: int, seed: int, kernels: tuple[str, ...], *, wide: bool = False, parallel: int | None = None
+) -> list[Draw]:
     """``count`` variants; ``kernels`` are the attention kernels that the model has, ``wide`` as in Draw.
 
-    The first is the plain run, so that the native products of the machine are among the variants.
+    The first is the plain run, so that the native products of the machine are among the variants. Under a
+    declared tensor parallelism of size ``parallel`` half of the others cut each Linear into so many even pieces,
+    and the rest at drawn places: a shard's own kernel cuts its part again.
     """
     rng = random.Random(seed)
     plain = [Draw(), *(Draw(attention=kernel, wide=wide) for kernel in kernels[1:])]
@@ -74,8 +85,9 @@ def draw(count: int, seed: int, kernels: tuple[str, ...], *, wide: bool = False)
         Draw(
             seed=rng.randrange(2**32),
             attention=rng.choice(kernels) if len(kernels) > 1 else None,
-            norms=rng.choice((None, "fused", "unfused")),
+            norms=rng.choice((None, "fused", "unfused", "mixed", "mixed")),
             chunk=rng.choice(_CHUNKS),
+            pieces=rng.choice((parallel, None)) if parallel is not None else None,
             wide=wide,
         )
         for _ in range(count - len(plain))
@@ -101,13 +113,13 @@ def applied(model: PreTrainedModel, variant: Draw) -> Iterator[None]:
         for module in model.modules():
             forward: Callable[..., torch.Tensor] | None = None
             if variant.seed is not None and isinstance(module, nn.Linear):
-                forward = _split_linear(module, rng)
+                forward = _split_linear(module, rng, variant.pieces)
             elif variant.seed is not None and isinstance(module, Conv1D):
-                forward = _split_conv1d(module, rng)
-            elif variant.norms is not None and type(module) is nn.LayerNorm:
-                forward = _layer_norm(module, variant.norms)
-            elif variant.norms is not None and _is_rms_norm(module):
-                forward = _rms_norm(module, variant.norms)
+                forward = _split_conv1d(module, rng, variant.pieces)
+            elif type(module) is nn.LayerNorm and (style := _norm_style(variant, rng)):
+                forward = _layer_norm(module, style)
+            elif _is_rms_norm(module) and (style := _norm_style(variant, rng)):
+                forward = _rms_norm(module, style)
             if forward is not None:
                 module.forward = forward
                 patched.append(module)
@@ -144,17 +156,26 @@ def _wide_products() -> AbstractContextManager[object]:
     return WideProducts()
 
 
-def _cuts(width: int, rng: random.Random) -> list[slice]:
-    """Cut ``width`` columns into a drawn number of pieces at drawn places."""
+def _norm_style(variant: Draw, rng: random.Random) -> str | None:
+    return rng.choice((None, "fused", "unfused")) if variant.norms == "mixed" else variant.norms
+
+
+def _cuts(width: int, rng: random.Random, even: int | None) -> list[slice]:
+    """Cut ``width`` columns into a drawn number of pieces at drawn places, or into ``even`` equal ones."""
+    if even is not None:
+        edges = [width * i // even for i in range(even + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
     pieces = min(rng.choice(_SPLITS), max(1, width // _FEWEST_COLUMNS))
     places = sorted(rng.sample(range(_FEWEST_COLUMNS, width), pieces - 1)) if pieces > 1 else []
     return [slice(a, b) for a, b in zip([0, *places], [*places, width], strict=True)]
 
 
-def _split_linear(module: torch.nn.Linear, rng: random.Random) -> Callable[[torch.Tensor], torch.Tensor]:
+def _split_linear(
+    module: torch.nn.Linear, rng: random.Random, even: int | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     from torch.nn.functional import linear
 
-    pieces = _cuts(module.in_features, rng)
+    pieces = _cuts(module.in_features, rng, even)
     # The bias goes into the first product (rounded together with it) or is added at the end.
     early = rng.random() < 0.5
 
@@ -167,13 +188,15 @@ def _split_linear(module: torch.nn.Linear, rng: random.Random) -> Callable[[torc
     return forward
 
 
-def _split_conv1d(module: torch.nn.Module, rng: random.Random) -> Callable[[torch.Tensor], torch.Tensor]:
+def _split_conv1d(
+    module: torch.nn.Module, rng: random.Random, even: int | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """GPT-2's Conv1D: a Linear whose weight is [in, out]."""
     import torch
 
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
-    pieces = _cuts(weight.shape[0], rng)
+    pieces = _cuts(weight.shape[0], rng, even)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         total = x[..., pieces[0]] @ weight[pieces[0]]
@@ -239,66 +262,75 @@ def measure_floor(
     centre: Rows,
     dtype: str,
     *,
+    directions: Sequence[NDArray[np.floating]] = (),
     count: int = REPLICAS,
     seed: int = 0,
+    parallel: int | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Floor | None:
     """Run ``count`` replicas of the reference in ``dtype`` and measure their error against ``centre``.
 
+    Args:
+        model: the reference's directory.
+        requests: the prompts.
+        continuations: the tokens that are forced behind them.
+        centre: what errors are taken from.
+        dtype: the precision.
+        directions: what errors are projected on, each [N, J].
+        count: how many replicas.
+        seed: of the draws.
+        parallel: size of a declared tensor parallelism.
+        progress: called with (done, total) after each.
+
     Returns:
         The floor, or None where the plain reference, or most variants, are not finite in that precision.
     """
-    projections, tops, used = [], [], []
+    shown: list[Rows] = []
+    used = []
     with open_reference(model, dtype) as engine:
         # More than needed: a variant that is not finite here (eager attention in fp16 overflows on padded
         # rows of some models) is no correct implementation, and the next one takes its place.
-        for variant in draw(_ATTEMPTS * count, seed, kernels_of(engine.model), wide=dtype == "float16"):
+        kernels, wide = kernels_of(engine.model), dtype == "float16"
+        for variant in draw(_ATTEMPTS * count, seed, kernels, wide=wide, parallel=parallel):
             with applied(engine.model, variant):
                 rows = teacher_forced(engine, requests, continuations, variant.chunk)
             if not rows.nonfinite.any():
-                projections.append(rows.projections.astype(np.float64) - centre.projections)
-                watched = centre.top_ids[:, :PAIR_TOP]
-                shown = metrics.logits_at(watched, rows.top_ids, rows.top_logits)
-                tops.append(shown - centre.top_logits[:, :PAIR_TOP])
+                shown.append(rows)
                 used.append(str(variant))
             elif not used:
                 return None
             progress(len(used), count)
             if len(used) == count:
                 break
+        vocabulary = engine.vocabulary
     if len(used) < count:
         return None
-    return condense_floor(np.stack(projections), np.stack(tops), centre, len(requests), tuple(used))
+    return condense_floor(shown, centre, directions, len(requests), vocabulary, tuple(used))
 
 
 def condense_floor(
-    errors_KNJ: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    top_errors_KGT: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    shown: Sequence[Rows],
     centre: Rows,
+    directions: Sequence[NDArray[np.floating]],
     prompts: int,
+    vocabulary: int,
     families: tuple[str, ...],
 ) -> Floor:
-    """The replicas' errors as the small vectors that a golden keeps."""
-    norms_KN = np.linalg.norm(errors_KNJ, axis=2)
-    sigma_N = metrics.row_sigma(norms_KN)
-    ratios_KN = norms_KN / np.maximum(sigma_N, np.finfo(np.float64).tiny)
-    buckets_N = metrics.position_buckets(centre.position)
-    scaled = errors_KNJ / np.maximum(sigma_N, np.finfo(np.float64).tiny)[None, :, None]
+    """The replicas' rows as the small vectors that a golden keeps."""
+    errors_KNJ = np.stack([rows.projections.astype(np.float64) - centre.projections for rows in shown])
+    sigma_N = metrics.row_sigma(np.linalg.norm(errors_KNJ, axis=2))
+    watched = centre.top_ids[:, :PAIR_TOP]
+    tops_KGT = np.stack(
+        [metrics.logits_at(watched, rows.top_ids, rows.top_logits) - centre.top_logits[:, :PAIR_TOP] for rows in shown]
+    )
+    pair_G = metrics.pair_noise(tops_KGT, centre.request[centre.generated])
+    scale = scale_of(centre, sigma_N, pair_G, directions, prompts, vocabulary)
+    everywhere = np.arange(len(centre))
+    scaled_KNJ = errors_KNJ / scale.sigma[None, :, None]
     return Floor(
         sigma=sigma_N.astype(np.float32),
-        pair=metrics.pair_noise(top_errors_KGT, centre.request[centre.generated]).astype(np.float32),
-        log_rms=_per_replica(metrics.log_rms, ratios_KN, centre.request, prompts),
-        log_rms_bucket=_per_replica(metrics.log_rms, ratios_KN, buckets_N, BUCKETS),
-        log_max=_per_replica(metrics.log_max, ratios_KN, centre.request, prompts),
-        effective=metrics.effective_number(scaled.reshape(len(scaled), -1)),
+        pair=pair_G.astype(np.float32),
+        moments=stack([measure(rows, scale, everywhere) for rows in shown]),
+        effective=metrics.effective_number(scaled_KNJ.reshape(len(scaled_KNJ), -1)),
         families=families,
     )
-
-
-def _per_replica(
-    statistic: Callable[..., metrics.Float64],
-    ratios_KN: metrics.Float64,
-    units_N: np.ndarray[tuple[int, ...], np.dtype[np.integer]],
-    count: int,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return np.stack([statistic(ratios_N, units_N, count) for ratios_N in ratios_KN]).astype(np.float32)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.engines import hf
 from harness.engines.spec import parse_spec
-from harness.numerics import metrics
+from harness.numerics import metrics, quantise
 from harness.numerics.sketch import Sketcher
 from harness.values import Centre, Generation, Request, Rows
+
+Direction = NDArray[np.float16]
 
 #: Largest model, in parameters, that is recorded in float64: eight bytes each have to fit in memory.
 FLOAT64_PARAMETERS = 2 * 10**9
@@ -78,13 +81,90 @@ def cast_centre(
         return None
     with open_reference(model, precision, weights=dtype) as engine:
         rows = teacher_forced(engine, requests, scored.continuations)
-    shift = metrics.error_norm(rows.projections, scored.rows.projections)
+    return _as_centre(rows, scored.rows, len(inexact))
+
+
+def _as_centre(rows: Rows, native: Rows, inexact: int) -> Centre:
+    shift = metrics.error_norm(rows.projections, native.projections)
     return Centre(
         logsumexp=rows.logsumexp,
-        token_logit=rows.token_logit,
+        logp=rows.logp,
+        entropy=rows.entropy,
         projections=rows.projections,
         top_ids=rows.top_ids,
         top_logits=rows.top_logits,
         shift=float(np.sqrt(np.mean(shift**2))),
-        inexact_tensors=len(inexact),
+        inexact_tensors=inexact,
     )
+
+
+def directions(model: str, requests: Sequence[Request], scored: Scored, *, precision: str) -> dict[str, Direction]:
+    """What each reproducible weight quantiser does to the logits: projections [N, J] by its name.
+
+    float16 is enough: a direction is only projected on, and its own size divides out. A scheme that leaves the
+    weights as they are, or moves the logits beyond what float16 holds, gives none.
+    """
+    found = {}
+    for scheme in quantise.SCHEMES:
+        with open_reference(model, precision, weights=scheme) as engine:
+            rows = teacher_forced(engine, requests, scored.continuations)
+        with np.errstate(over="ignore"):  # what float16 does not hold is found below
+            moved = (rows.projections - scored.rows.projections).astype(np.float16)
+        if moved.any() and np.isfinite(moved).all():
+            found[scheme] = moved
+    return found
+
+
+# --- at check time -----------------------------------------------------------------------------
+
+
+def rescore(
+    model: str,
+    requests: Sequence[Request],
+    continuations: Sequence[tuple[int, tuple[int, ...]]],
+    *,
+    precision: str,
+    weights: str | None,
+) -> Rows:
+    """The reference on continuations other than its own, each in one teacher-forced pass.
+
+    Args:
+        model: the reference's directory.
+        requests: the golden's prompts.
+        continuations: (request, tokens); the rows' ``request`` counts these.
+        precision: what the golden was recorded in.
+        weights: the precision that the weights are cast to first, None to leave them.
+    """
+    asked = [requests[index] for index, _ in continuations]
+    with open_reference(model, precision, weights=weights) as engine:
+        return teacher_forced(engine, asked, [tokens for _, tokens in continuations])
+
+
+def quantised_centre(
+    model: str,
+    requests: Sequence[Request],
+    continuations: Sequence[Sequence[int]],
+    *,
+    scheme: str,
+    dtype: str,
+    precision: str,
+) -> Rows:
+    """The reference with its weights rounded by ``scheme`` and then cast to ``dtype``, as a candidate loads them.
+
+    ``scheme`` is any text that quantise.parse takes; the arithmetic is that of ``precision``: float64, float32, or
+    ``dtype`` itself.
+    """
+    bits, group = quantise.parse(scheme)
+    with open_reference(model, None) as native, open_reference(model, dtype) as engine:
+        for name, layer, input_dim in hf.block_layers(native.model):
+            weight = quantise.round_to_nearest(layer.get_parameter("weight"), bits, group, input_dim=input_dim)
+            target = engine.model.get_parameter(f"{name}.weight")
+            target.data = weight.to(target.dtype)
+        live = engine.model
+        if precision == "float64":
+            wide = hf.to_float64(live, live.config)
+        else:
+            wide = live if precision == dtype else live.float()
+        options = hf.Options(dtype=precision)
+        with hf.HFEngine(options, text=f"reference with {scheme} weights", model=wide) as rounded:
+            return teacher_forced(rounded, requests, continuations)

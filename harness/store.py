@@ -29,13 +29,13 @@ from harness.numerics import metrics
 from harness.numerics.bounds import tie_factor
 from harness.numerics.constants import ALPHA_TOKENS, BUCKETS, PROJECTIONS
 from harness.numerics.sketch import GENERATOR
-from harness.values import Centre, Finish, Floor, Generation, Golden, ModelRef, Request, Rows, Suite
+from harness.values import Centre, Finish, Floor, Generation, Golden, ModelRef, Moments, Request, Rows, Suite
 
-FORMAT = 1
+FORMAT = 2
 JSON_NAME, ARRAYS_NAME = "golden.json", "golden.safetensors"
 _LARGEST_JSON = 64 * 2**20
 _RERECORD = "Restore it from version control, or record it again with `harness record`"
-_FLOAT_ARRAYS = ("logsumexp", "token_logit", "projections", "top_logits")
+_FLOAT_ARRAYS = ("logsumexp", "logp", "entropy", "projections", "top_logits")
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -105,11 +105,18 @@ def _arrays(golden: Golden) -> dict[str, NDArray[Any]]:
     for precision, centre in golden.centres.items():
         arrays |= {f"centre.{precision}.{name}": getattr(centre, name) for name in (*_FLOAT_ARRAYS, "top_ids")}
     for precision, floor in golden.floors.items():
-        arrays |= {f"floor.{precision}.{name}": getattr(floor, name) for name in _FLOOR_ARRAYS}
+        arrays |= {f"floor.{precision}.{name}": getattr(floor, name) for name in ("sigma", "pair")}
+        arrays |= {f"floor.{precision}.{name}": getattr(floor.moments, name) for name in _MOMENTS}
+    arrays |= {f"direction.{name}": direction for name, direction in golden.directions.items()}
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-_FLOOR_ARRAYS = ("sigma", "pair", "log_rms", "log_rms_bucket", "log_max")
+#: Axes of each array of Moments, K replicas first.
+_MOMENTS: Mapping[str, str] = {
+    "square": "KP2", "largest": "KP2", "gain": "KP2", "logp": "KP2", "entropy": "KP2", "along": "KP2D",
+    "bias": "K2J", "bucket": "K2B",
+    "margin": "KP", "top": "KP", "top_largest": "KP", "flips": "KP", "deficit": "KP",
+}  # fmt: skip
 
 
 def _document(golden: Golden) -> dict[str, Any]:
@@ -131,12 +138,13 @@ def _document(golden: Golden) -> dict[str, Any]:
         "floors": {
             precision: {
                 "median_sigma": float(np.median(floor.sigma)) if len(floor.sigma) else 0.0,
-                "replicas": len(floor.log_rms),
+                "replicas": floor.replicas,
                 "effective": floor.effective,
                 "families": list(floor.families),
             }
             for precision, floor in golden.floors.items()
         },
+        "directions": list(golden.directions),
         "provenance": dict(golden.provenance),
         "prompts": [_prompt(golden, index) for index in range(len(golden.requests))],
     }
@@ -166,7 +174,7 @@ def decidable_steps(golden: Golden) -> dict[str, NDArray[np.bool_]]:
     steps = max(1, int(golden.rows.generated.sum()))
     factor = tie_factor(steps, ALPHA_TOKENS)
     return {
-        precision: metrics.margins(golden.centre_rows(precision).top_logits) > factor * floor.pair
+        precision: metrics.margins(golden.centre_rows(precision.partition("/")[0]).top_logits) > factor * floor.pair
         for precision, floor in golden.floors.items()
     }
 
@@ -304,7 +312,16 @@ def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
     )
     _check_limits(suite, requests, generations)
     layout = _layout(requests, generations)
-    take = _Taker(arrays, rows=len(layout[0]), steps=int(layout[2].sum()), prompts=len(requests))
+    directions = [_text(name, "direction") for name in document["directions"]]
+    if len(set(directions)) != len(directions):
+        raise ValueError("a direction is named twice")
+    take = _Taker(
+        arrays,
+        rows=len(layout[0]),
+        steps=int(layout[2].sum()),
+        prompts=len(requests),
+        directions=len(directions),
+    )
     rows = Rows(
         request=layout[0],
         position=layout[1],
@@ -338,12 +355,20 @@ def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
             precision: Floor(
                 **take.floor(f"floor.{precision}", replicas=words["replicas"]),
                 effective=float(words["effective"]),
-                families=tuple(map(str, words["families"])),
+                families=_families(words),
             )
             for precision, words in document["floors"].items()
         },
+        directions={name: take(f"direction.{name}", np.float16, "NJ") for name in directions},
         provenance=dict(document["provenance"]),
     )
+
+
+def _families(words: Mapping[str, Any]) -> tuple[str, ...]:
+    """What each replica varied; one for each of them."""
+    if len(words["families"]) != words["replicas"]:
+        raise ValueError(f"{len(words['families'])} families for {words['replicas']} replicas")
+    return tuple(map(str, words["families"]))
 
 
 def _check_limits(suite: Suite, requests: Sequence[Request], generations: Sequence[Generation]) -> None:
@@ -404,9 +429,12 @@ def _layout(
 class _Taker:
     """Takes arrays by name, and refuses one of the wrong dtype or shape, or with a NaN or an infinity in it."""
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], *, rows: int, steps: int, prompts: int) -> None:
+    def __init__(
+        self, arrays: Mapping[str, NDArray[Any]], *, rows: int, steps: int, prompts: int, directions: int
+    ) -> None:
         self._arrays = arrays
         self._sizes = {"N": rows, "G": steps, "P": prompts, "B": BUCKETS, "J": PROJECTIONS}
+        self._sizes |= {"D": directions, "2": 2}
         top = arrays.get("reference.top_ids")
         self._sizes["T"] = max(1, top.shape[-1]) if top is not None and top.ndim else 1
 
@@ -417,26 +445,25 @@ class _Taker:
         wanted = [self._sizes[axis] for axis in axes]
         if array.dtype != dtype or list(array.shape) != wanted:
             raise ValueError(f"the array {name} is {array.dtype}{list(array.shape)}, not {dtype.__name__}{wanted}")
-        if not (array < np.inf).all():  # minus infinity is the logarithm of no error at all
+        if not np.isfinite(array).all():
             raise ValueError(f"the array {name} holds NaN or an infinity")
         return array
 
-    def floor(self, prefix: str, *, replicas: Any) -> dict[str, NDArray[Any]]:
+    def floor(self, prefix: str, *, replicas: Any) -> dict[str, Any]:
         if type(replicas) is not int or replicas < 1:
             raise ValueError(f"{replicas!r} replicas")
         self._sizes["K"] = replicas
         return {
             "sigma": self(f"{prefix}.sigma", np.float32, "N"),
             "pair": self(f"{prefix}.pair", np.float32, "G"),
-            "log_rms": self(f"{prefix}.log_rms", np.float32, "KP"),
-            "log_rms_bucket": self(f"{prefix}.log_rms_bucket", np.float32, "KB"),
-            "log_max": self(f"{prefix}.log_max", np.float32, "KP"),
+            "moments": Moments(**{name: self(f"{prefix}.{name}", np.float32, axes) for name, axes in _MOMENTS.items()}),
         }
 
     def centre(self, prefix: str) -> dict[str, NDArray[Any]]:
         return {
             "logsumexp": self(f"{prefix}.logsumexp", np.float32, "N"),
-            "token_logit": self(f"{prefix}.token_logit", np.float32, "N"),
+            "logp": self(f"{prefix}.logp", np.float32, "N"),
+            "entropy": self(f"{prefix}.entropy", np.float32, "N"),
             "projections": self(f"{prefix}.projections", np.float32, "NJ"),
             "top_ids": self(f"{prefix}.top_ids", np.int32, "GT"),
             "top_logits": self(f"{prefix}.top_logits", np.float32, "GT"),

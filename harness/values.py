@@ -1,7 +1,8 @@
 """The words of the project as frozen values: Suite, Request, Rows, Trace, Golden, Finding, Verdict.
 
 Shape legend: N positions (rows), G generated positions among them, K replicas, P prompts,
-J projections, T top entries, B position buckets.
+J projections, T top entries, B position buckets. Where a moment is kept for prompt and continuation apart,
+an axis of 2 says which: 0 prompt, 1 generated.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Stop = Literal["ignore-eos", "eos"]
 Order = Literal["suite", "A-B-A"]
 View = Literal["generate", "replay", "prefill"]
 Finish = Literal["eos", "length"]
+Question = Literal["function", "precision"]
+Level = Literal["logits", "top entries", "tokens", "nothing"]
 
 
 class Status(StrEnum):
@@ -69,6 +72,11 @@ PRECEDENCE = (
     Status.DRIFT,
     Status.IDENTICAL,
 )
+
+
+def overall(statuses: Sequence[Status]) -> Status:
+    """The first of PRECEDENCE that is there; `identical` where there is nothing."""
+    return next((status for status in PRECEDENCE if status in statuses), Status.IDENTICAL)
 
 
 # --- what is asked -----------------------------------------------------------------------------
@@ -135,10 +143,16 @@ NOT_USED = "not used"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """A free greedy continuation. ``tokens`` holds the end-of-sequence token where it stopped there."""
+    """A free greedy continuation. ``tokens`` holds the end-of-sequence token where it stopped there.
+
+    ``top_ids`` and ``top_logits`` are the highest entries of each step, best first, from an engine that shows
+    these alone (log-probabilities serve as well as logits); empty otherwise.
+    """
 
     tokens: tuple[int, ...]
     finish: Finish
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    top_logits: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +166,8 @@ class Rows:
         argmax: the greedy token over *all* columns the engine shows, [N].
         nonfinite: count of NaN or infinite logits, [N].
         logsumexp: in nats, [N].
-        token_logit: logit of the token that the sequence goes on with, [N].
+        logp: log-probability of the token that the sequence goes on with, [N].
+        entropy: of the softmax, in nats, [N].
         projections: random projections of the centred logits, [N, J] (numerics/sketch.py).
         top_ids, top_logits: the highest logits of the generated rows, [G, T].
         fingerprint: 64-bit checksum of the raw logit bits of the generated rows, [G]; zeros where not asked.
@@ -164,7 +179,8 @@ class Rows:
     argmax: Int32
     nonfinite: Int32
     logsumexp: Float32
-    token_logit: Float32
+    logp: Float32
+    entropy: Float32
     projections: Float32
     top_ids: Int32
     top_logits: Float32
@@ -196,6 +212,8 @@ class Trace:
 
     ``declared`` is what its name says, ``settings`` what is in force (read back from the live engine);
     ``prompt_ids`` are the ids that the engine's own tokenizer gives, None where it has none.
+    ``upcast`` is the trace of the same live candidate, its weights and buffers widened to float32 as they are
+    (numerics.md 2.1, question F); None where it was not made, for the reason in ``upcast_reason``.
     """
 
     engine: str
@@ -206,6 +224,8 @@ class Trace:
     suite_digest: str
     prompt_ids: tuple[tuple[int, ...], ...] | None
     passes: tuple[Pass, ...]
+    upcast: Trace | None = None
+    upcast_reason: str = ""
 
 
 # --- the golden --------------------------------------------------------------------------------
@@ -228,26 +248,64 @@ class ModelRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Moments:
+    """Sums over rows from which every statistic of numerics.md 2.4 can be made, for any choice of prompts.
+
+    Each row's error is divided by that row's own round-off first. Leading axes ``...`` are K for replicas and
+    absent for one pass of a candidate.
+
+    Attributes:
+        square: sum of squared error ratios r, [..., P, 2].
+        largest: largest r, [..., P, 2].
+        gain: sum of <e, c> / sigma^2, c being the centre's own logits, [..., P, 2].
+        logp: sum of the differences in log p of the token that follows, [..., P, 2].
+        entropy: sum of the differences in entropy, [..., P, 2].
+        along: for each direction d the sum of <e, d> / sigma^2, [..., P, 2, D].
+        bias: sum of e / sigma, [..., 2, J], over all prompts.
+        bucket: sum of r^2 by position bucket, [..., 2, B], over all prompts.
+        margin: sum of the differences in top-1 less top-2 logit, over generated rows, [..., P].
+        top: sum of squared error ratios among the top entries, over generated rows, [..., P].
+        top_largest: the largest of these ratios, [..., P].
+        flips: generated rows whose best token is not the centre's, [..., P].
+        deficit: sum of how far below its best the centre puts that token, clipped, [..., P].
+    """
+
+    square: Float32
+    largest: Float32
+    gain: Float32
+    logp: Float32
+    entropy: Float32
+    along: Float32
+    bias: Float32
+    bucket: Float32
+    margin: Float32
+    top: Float32
+    top_largest: Float32
+    flips: Float32
+    deficit: Float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Floor:
     """Round-off of the reference in one precision, measured with K drawn replicas (numerics.md 2.2, 2.3).
 
     Attributes:
         sigma: root mean square over replicas of a row's projected error, [N], in logits.
         pair: root mean square error of a logit difference among the top entries, [G], in logits.
-        log_rms: S1 of each replica on each prompt, [K, P].
-        log_rms_bucket: S1 of each replica on each position bucket, [K, B].
-        log_max: S2 of each replica on each prompt, [K, P].
+        moments: of each replica, with leading axis K.
         effective: effective number of independent replicas, after the common mode is removed.
         families: what each replica varied, for people to read.
     """
 
     sigma: Float32
     pair: Float32
-    log_rms: Float32
-    log_rms_bucket: Float32
-    log_max: Float32
+    moments: Moments
     effective: float
     families: tuple[str, ...]
+
+    @property
+    def replicas(self) -> int:
+        return len(self.families)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,7 +317,8 @@ class Centre:
     """
 
     logsumexp: Float32
-    token_logit: Float32
+    logp: Float32
+    entropy: Float32
     projections: Float32
     top_ids: Int32
     top_logits: Float32
@@ -274,7 +333,8 @@ def recentred(rows: Rows, centre: Centre | None) -> Rows:
     return replace(
         rows,
         logsumexp=centre.logsumexp,
-        token_logit=centre.token_logit,
+        logp=centre.logp,
+        entropy=centre.entropy,
         projections=centre.projections,
         top_ids=centre.top_ids,
         top_logits=centre.top_logits,
@@ -287,6 +347,8 @@ class Golden:
 
     ``rows`` are ordered by (request, position) and cover prompt and continuation. ``precision`` is that of
     the reference, ``stop_ids`` are the ids that end a free run (none where the suite ignores them).
+    ``directions`` are the projections [N, J] of what rounding the weights to few bits does to the logits:
+    a candidate whose error lies along one of them has had its weights rounded so.
     ``directory`` is where it was read from, None for one that was never stored.
     """
 
@@ -302,6 +364,7 @@ class Golden:
     rows: Rows
     centres: Mapping[str, Centre]
     floors: Mapping[str, Floor]
+    directions: Mapping[str, NDArray[np.float16]]
     provenance: Mapping[str, Any]
     directory: str | None = None
 
@@ -314,6 +377,28 @@ class Golden:
         return recentred(self.rows, self.centres.get(precision))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """What the live reference said when it was asked at check time; all None where it was absent.
+
+    Attributes:
+        free: the reference's rows on continuations other than the golden's; ``request`` counts ``continuations``.
+        continuations: (request, tokens) of each of them.
+        centre: rows of the reference with its weights rounded as the candidate declares.
+        nearest: the same with plain round-to-nearest, for a candidate whose quantiser is not known; computed in the
+            candidate's precision, whose own divergence belongs to what is usual.
+        nearest_wide: the same in the reference's precision, for the candidate's float32 copy.
+        reason: why the reference was not asked, in words.
+    """
+
+    free: Rows | None = None
+    continuations: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    centre: Rows | None = None
+    nearest: Rows | None = None
+    nearest_wide: Rows | None = None
+    reason: str = ""
+
+
 # --- the verdict -------------------------------------------------------------------------------
 
 
@@ -324,6 +409,7 @@ class Finding:
     status: Status
     check: str
     message: str
+    question: Question = "precision"
     where: str = ""
     measured: float | None = None
     allowed: float | None = None
@@ -332,18 +418,61 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Statistic:
+    """One statistic of one unit, held against the replicas.
+
+    Attributes:
+        question: which of the two questions it answers.
+        precision: names the floor that it was held against.
+        name: which statistic ("error", "gain", ...; numerics/statistics.py).
+        unit: "all", or the pass, prompt or range of positions.
+        value: of the candidate. Logarithms for magnitudes, shares of round-off for signed statistics.
+        centre: mean over the replicas.
+        own: standard deviation over the replicas.
+        spread: the same with the scatter between families of correct implementations added.
+        z: (value - centre) / (spread sqrt(1 + 1/K)).
+        significant: beyond these (low, high) it is not chance.
+        failing: beyond these it is also too large to be round-off.
+        why: the derivation, for people.
+    """
+
+    question: Question
+    precision: str
+    name: str
+    unit: str
+    value: float
+    centre: float
+    own: float
+    spread: float
+    z: float
+    significant: tuple[float, float]
+    failing: tuple[float, float]
+    why: str
+
+    @property
+    def is_significant(self) -> bool:
+        return not self.significant[0] <= self.value <= self.significant[1]
+
+    @property
+    def is_failing(self) -> bool:
+        return not self.failing[0] <= self.value <= self.failing[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Power:
     """What a check could have seen.
 
     Attributes:
-        precision: the declared precision that the floor is of.
+        precision: names the floor.
+        level: what the candidate showed, and so what could be tested.
         positions: positions whose logits were compared.
         steps, decidable: generated steps, and those whose margin exceeds that precision's noise.
-        smallest: smallest error, in units of the floor, that the pooled statistic would have failed.
+        smallest: a bug whose own error is this many times round-off fails with a probability of 99 %.
         unmeasured: what was not looked at, in words.
     """
 
     precision: str
+    level: Level
     positions: int
     steps: int
     decidable: int
@@ -357,9 +486,20 @@ class Power:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The answer to one question: its status, its power, and the precision that the candidate really shows."""
+
+    question: Question
+    status: Status
+    power: Power | None
+    effective: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PassSummary:
     """One line of the report: a run and view, its error and the failing limit in floor units, and its tokens."""
 
+    question: Question
     run: str
     view: View
     repeat: int
@@ -378,7 +518,8 @@ class Verdict:
     candidate: str
     status: Status
     findings: tuple[Finding, ...]
-    power: Power | None
+    answers: tuple[Answer, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
     passes: tuple[PassSummary, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -386,6 +527,11 @@ class Verdict:
     @property
     def ok(self) -> bool:
         return self.status.ok
+
+    @property
+    def power(self) -> Power | None:
+        """Of the run as shipped, or of the only run there was; None where nothing was compared."""
+        return next((answer.power for answer in reversed(self.answers) if answer.power is not None), None)
 
     @property
     def failures(self) -> Sequence[Finding]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.compare import Comparison
-from harness.values import PRECEDENCE, Finding, Status, Verdict
+from harness.values import Finding, Status, Verdict, overall
+
+__all__ = ["exit_code", "failed", "judge", "overall"]
 
 
 def judge(
@@ -18,7 +20,8 @@ def judge(
         candidate=candidate,
         status=overall([finding.status for finding in comparison.findings]),
         findings=comparison.findings,
-        power=comparison.power,
+        answers=comparison.answers,
+        statistics=comparison.statistics,
         passes=comparison.passes,
         settings=settings,
         seconds=seconds,
@@ -28,12 +31,7 @@ def judge(
 def failed(status: Status, message: str, *, golden: str, candidate: str, fix: str, check: str) -> Verdict:
     """A verdict for work that never came to a comparison: a stale golden, an engine that failed."""
     finding = Finding(status=status, check=check, message=message, fix=fix)
-    return Verdict(golden=golden, candidate=candidate, status=status, findings=(finding,), power=None)
-
-
-def overall(statuses: Sequence[Status]) -> Status:
-    """The first of PRECEDENCE that is there; `identical` where there is nothing."""
-    return next((status for status in PRECEDENCE if status in statuses), Status.IDENTICAL)
+    return Verdict(golden=golden, candidate=candidate, status=status, findings=(finding,))
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import cli, engines
+from harness import cli, engines, reference_model
 from harness.engines.hf import HFEngine
 from harness.models.recipes import RECIPES
 from harness.store import ARRAYS_NAME, JSON_NAME, read_golden
@@ -24,7 +24,7 @@ from tests.support import read_json, write_model
 GOLDEN = "golden/small/small"
 RECORD = ("record", "--model", "golden/small/model", "--suite", "prompts/small.toml", "--out")
 COMMANDS = ((), ("check",), ("record",), ("models",), ("models", "list"), ("models", "build"), ("models", "table"),
-            ("doctor",))  # fmt: skip
+            ("power",), ("doctor",))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,9 @@ MISTAKES = {
     "both": (("check", GOLDEN, "--all"), ("either one golden or --all",)),
     "all with a candidate": (("check", "--all", "-c", "hf"), ("--all takes its candidates from",)),
     "all with a reference": (("check", "--all", "--reference", "x"), ("--all takes its candidates from",)),
+    "an unknown quantiser": (("check", GOLDEN, "-c", "hf:quantised=gptq"), ("quantised='gptq'", "e.g. int4-g128")),
+    "unknown weights": (("check", GOLDEN, "-c", "hf:weights=int3"), ("weights='int3'", "int8, int4")),
+    "unknown show": (("check", GOLDEN, "-c", "hf:show=text"), ("show='text'", "logits, top, tokens")),
     "unknown recipe": (("models", "build", "bloom-tin"), ("no recipe 'bloom-tin'", "Did you mean 'bloom-tiny'?")),
 }
 #: What click refuses: it shows the usage first, and its last line says what is wrong.
@@ -158,7 +161,8 @@ def test_help_is_printed_without_torch(torchless, command):
 def test_the_help_names_every_command_and_exit_code(torchless):
     """The first page is complete."""
     text = torchless[("--help",)].out
-    for word in ("check", "record", "models", "doctor", "Exit codes: 0 ok", "1 failed", "2 bad input", "4 the engine"):
+    commands = ("check", "record", "models", "power", "doctor")
+    for word in (*commands, "Exit codes: 0 ok", "1 failed", "2 bad input", "4 the engine"):
         assert word in text
 
 
@@ -248,7 +252,12 @@ DAMAGE = {
     "JSON of another version": (
         JSON_NAME,
         lambda path: path.write_text('{"format": 99}', encoding="utf-8"),
-        "format 99, this version reads 1",
+        "format 99, this version reads 2",
+    ),
+    "JSON of the version before": (
+        JSON_NAME,
+        lambda path: path.write_text(path.read_text(encoding="utf-8").replace('"format": 2', '"format": 1'), "utf-8"),
+        "format 1, this version reads 2",
     ),
     "JSON missing": (JSON_NAME, Path.unlink, "there is no golden at"),
 }
@@ -484,11 +493,63 @@ def test_json_holds_the_verdicts_and_nothing_else(home, harness, target):
         assert ended.out.startswith(f"{one['status']}: ")
 
 
+def test_json_has_both_answers_and_their_statistics(home, harness):
+    """Of a 16-bit candidate the JSON says what each question was answered, by which numbers, and what was not seen."""
+    ended = harness("check", GOLDEN, "-c", "hf:dtype=bfloat16", "--json", "-")
+    [one] = json.loads(ended.out, parse_constant=pytest.fail)
+    assert (ended.code, one["version"]) == (0, 2)
+    assert [answer["question"] for answer in one["answers"]] == ["function", "precision"]
+    for answer in one["answers"]:
+        assert set(answer) >= {"question", "status", "power", "effective"}
+        assert answer["power"]["coverage"] == answer["power"]["decidable"] / answer["power"]["steps"]
+    assert one["power"] == one["answers"][-1]["power"]
+    for question, precision in (("function", "float32"), ("precision", "bfloat16")):
+        found = [each for each in one["statistics"] if each["question"] == question]
+        assert {each["precision"] for each in found} == {precision}
+        assert {"error", "gain", "log p", "entropy", "margin"} <= {each["name"] for each in found}
+        assert all(each["why"] and isinstance(each["z"], float) for each in found)
+    assert {run["question"] for run in one["passes"]} == {"function", "precision"}
+
+
+@pytest.fixture
+def subtle(home):
+    """A checkpoint beside the golden's model with one weight wrong by less than bf16 can show."""
+    shutil.copytree("golden/small/model", "golden/subtle")
+    model = reference_model(GOLDEN)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 7] *= 1.25
+    model.save_pretrained("golden/subtle")
+    return home
+
+
+def test_no_upcast_judges_as_shipped_alone(subtle, harness):
+    """With --no-upcast one question is left, and what was not asked is said; without it the copy sees more."""
+    check = ("check", GOLDEN, "-c", "hf:model=golden/subtle,dtype=bfloat16")
+    text = told(harness(*check), "deviates", 1)
+    assert "same function (float32 copy): deviates" in text
+    assert "error within its precision (as shipped): identical" in text
+    ended = harness(*check, "--no-upcast")
+    assert ended.code == 0
+    assert "not seen: the function: no float32 copy of the candidate was run" in ended.out
+    [one] = json.loads(harness(*check, "--no-upcast", "--json", "-").out)
+    statuses = {answer["question"]: answer["status"] for answer in one["answers"]}
+    assert statuses == {"function": "unmeasured", "precision": "identical"}
+    assert {run["question"] for run in one["passes"]} == {"precision"}
+
+
+def test_no_upcast_changes_nothing_in_float32(subtle, harness):
+    """A float32 candidate is its own copy, whatever is said."""
+    for more in ((), ("--no-upcast",)):
+        told(harness("check", GOLDEN, "-c", "hf:model=golden/subtle,dtype=float32", *more), "deviates", 1)
+        assert harness("check", GOLDEN, "-c", GOOD, *more).code == 0
+
+
 def test_json_of_a_stale_golden(others, harness):
     """A verdict that never came to a comparison is in the JSON as well."""
     ended = harness("check", GOLDEN, "-c", STALE, "--json", "-")
     [one] = json.loads(ended.out)
     assert (ended.code, one["status"], one["ok"], one["power"]) == (3, "stale", False, None)
+    assert (one["answers"], one["statistics"], one["passes"]) == ([], [], [])
     assert one["findings"][0]["fix"]
 
 
@@ -529,6 +590,18 @@ def test_record_writes_a_golden_and_says_what_it_is(home, harness):
     written = {f"golden/small/again/{name}" for name in (JSON_NAME, ARRAYS_NAME)} | {"golden/small/again"}
     assert set(listing()) - set(before) == written
     assert harness("check", "golden/small/again", "-c", GOOD).code == 0
+
+
+def test_record_measures_tensor_parallelism(home, harness):
+    """Each size that is named has a floor beside that of every precision, with its line; one rank is no size."""
+    ended = harness(*RECORD, "golden/small/parallel", "--tensor-parallel", "2")
+    assert (ended.code, ended.err) == (0, "")
+    names = [line.split(":")[0].strip() for line in ended.out.splitlines()[1:]]
+    assert names == [f"{name}{size}" for name in ("float32", "bfloat16", "float16") for size in ("", "/tp2")]
+    assert list(read_golden("golden/small/parallel").floors) == names
+    assert harness("check", "golden/small/parallel", "-c", GOOD).code == 0
+    refused_by_click = harness(*RECORD, "golden/small/other", "--tensor-parallel", "1")
+    assert (refused_by_click.code, Path("golden/small/other").exists()) == (2, False)
 
 
 def test_record_replaces_only_when_told_to(home, harness):

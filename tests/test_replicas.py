@@ -1,6 +1,6 @@
 import random
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,10 +10,9 @@ from torch import nn
 from harness import replicas, scorer
 from harness.engines import hf
 from harness.engines.spec import parse_spec
-from harness.numerics import metrics
-from harness.numerics.constants import BUCKETS, MIN_EFFECTIVE, REPLICAS, TOP
+from harness.numerics.constants import BUCKETS, PROJECTIONS, REPLICAS, TOP
 from harness.replicas import Draw
-from harness.values import Request, Rows
+from harness.values import Moments, Request, Rows
 from tests.engines.recorder import largest_difference, recorded
 from tests.support import random_model
 
@@ -32,7 +31,12 @@ VARIANTS = (
     Draw(norms="unfused"),
     Draw(seed=3, attention="eager", norms="unfused", chunk=64),
     Draw(chunk=64),
+    Draw(seed=5, norms="mixed", chunk=64),
+    Draw(seed=6, pieces=2),
+    Draw(seed=7, pieces=4, norms="fused"),
 )
+#: What the default draws count as at least, of a model with 2 layers: enough for the tail of Student's t.
+FEWEST_EFFECTIVE = 12
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def test_the_first_draws_do_not_depend_on_the_count():
 def test_each_way_to_vary_is_drawn():
     """Among the default number of draws every kernel, norm and kind of prefill occurs."""
     drawn = replicas.draw(REPLICAS, 0, ("sdpa", "eager"))
-    assert {each.norms for each in drawn} == {None, "fused", "unfused"}
+    assert {each.norms for each in drawn} == {None, "fused", "unfused", "mixed"}
     assert {each.attention for each in drawn} >= {"sdpa", "eager"}
     assert None in {each.chunk for each in drawn}
     assert len({each.chunk for each in drawn}) >= 3
@@ -101,9 +105,29 @@ def test_draws_say_what_they_are():
     """A draw reads as words, for the golden's list of families."""
     assert str(Draw()) == "whole sums, attention as loaded, norms as loaded, one prefill"
     assert str(Draw(seed=1, attention="eager", norms="fused", chunk=64)) == (
-        "split sums, eager, fused norms, prefill by 64"
+        "sums in drawn pieces, eager, fused norms, prefill by 64"
+    )
+    assert str(Draw(seed=1, norms="mixed", pieces=2)) == (
+        "sums in 2 pieces, attention as loaded, mixed norms, one prefill"
     )
     assert str(Draw(wide=True)).endswith(", fp32 products")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_declared_parallelism_is_half_of_the_draws(size):
+    """The plain runs stay; of the others about half cut into so many even pieces, and all else is drawn as ever."""
+    kernels = ("sdpa", "eager")
+    drawn = replicas.draw(200, 5, kernels, parallel=size)
+    assert drawn[:2] == replicas.draw(2, 5, kernels)
+    assert {each.pieces for each in drawn[2:]} == {size, None}
+    assert sum(each.pieces is not None for each in drawn[2:]) == pytest.approx(99, abs=25)
+    assert all(each.seed is not None for each in drawn[2:])
+    few = replicas.draw(REPLICAS, 0, kernels, parallel=size)
+    assert 6 <= sum(each.pieces == size for each in few) <= 16
+    assert {each.norms for each in few} == {None, "fused", "unfused", "mixed"}
+    assert {each.attention for each in few} >= {"sdpa", "eager"}
+    assert len({each.chunk for each in few}) >= 3
+    assert all(each.pieces is None for each in replicas.draw(200, 5, kernels))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +180,43 @@ def test_every_sum_and_norm_is_varied(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_mixed_norms_are_drawn_one_by_one(kind):
+    """With "mixed" each norm is left, rounded once or after each step by its own draw; the seed decides which."""
+    model = random_model(kind)
+    norms = names_of(model, is_norm)
+    found = []
+    for seed in range(12):
+        with replicas.applied(model, Draw(seed=seed, norms="mixed")):
+            found.append(frozenset(patched(model) & norms))
+        with replicas.applied(model, Draw(seed=seed, norms="mixed")):
+            assert patched(model) & norms == found[-1]
+    assert len(set(found)) > 4
+    assert set().union(*found) == norms
+    assert frozenset.intersection(*found) == set()
+
+
+def test_mixed_norms_are_of_both_styles():
+    """In one draw some norms round as "fused" does and some as "unfused", each exactly so."""
+    model = random_model("gpt2", dtype="bfloat16")
+    inputs = torch.randn(7, 36, generator=torch.Generator().manual_seed(3)).bfloat16()
+    norms = sorted(names_of(model, is_norm))
+    outputs = {}
+    for style in ("fused", "unfused"):
+        with replicas.applied(model, Draw(norms=style)), torch.no_grad():
+            outputs[style] = {name: model.get_submodule(name)(inputs) for name in norms}
+    assert all(not torch.equal(outputs["fused"][name], outputs["unfused"][name]) for name in norms)
+    mixtures = set()
+    for seed in range(8):
+        with replicas.applied(model, Draw(seed=seed, norms="mixed")), torch.no_grad():
+            changed = patched(model) & set(norms)
+            results = {name: model.get_submodule(name)(inputs) for name in changed}
+        found = [style for name in changed for style in outputs if torch.equal(results[name], outputs[style][name])]
+        assert len(found) == len(changed)
+        mixtures.add(frozenset(found))
+    assert frozenset({"fused", "unfused"}) in mixtures
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_applied_is_undone(kind, fails):
     """After the block, or an error in it, no forward is patched, the kernel is back and so is every bit."""
@@ -194,6 +255,18 @@ def test_replicas_compute_the_same_function(models, kind):
     with opened(models, kind, "float64") as engine:
         plain = logits(engine, Draw())
         for variant in (*VARIANTS, *replicas.draw(6, 0, replicas.kernels_of(engine.model))[2:]):
+            assert largest_difference(logits(engine, variant), plain) < 1e-10, str(variant)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_parallel_replicas_compute_the_same_function(models, kind, size):
+    """In float64 every draw under a declared tensor parallelism agrees with the plain model to 1e-10, each of them."""
+    with opened(models, kind, "float64") as engine:
+        plain = logits(engine, Draw())
+        drawn = replicas.draw(8, size, replicas.kernels_of(engine.model), parallel=size)
+        assert {each.pieces for each in drawn} == {None, size}
+        for variant in drawn:
             assert largest_difference(logits(engine, variant), plain) < 1e-10, str(variant)
 
 
@@ -259,10 +332,42 @@ def test_wide_products_are_of_fp16_alone(models, dtype):
 def test_cuts_cover_each_column_once(width):
     """Whatever is drawn, the pieces are a partition of the columns in order, none of them tiny but the last."""
     for seed in range(50):
-        pieces = replicas._cuts(width, random.Random(seed))
+        pieces = replicas._cuts(width, random.Random(seed), None)
         assert [column for piece in pieces for column in range(width)[piece]] == list(range(width))
         assert 1 <= len(pieces) <= 4
         assert pieces[0] == slice(0, width) or pieces[0].stop >= 8
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 36, 54, 576])
+@pytest.mark.parametrize("even", [1, 2, 3, 4, 8])
+def test_even_cuts_are_even(width, even):
+    """A declared parallelism cuts into so many pieces of one width, give or take a column, and never an empty one."""
+    pieces = replicas._cuts(width, random.Random(0), even)
+    widths = [piece.stop - piece.start for piece in pieces]
+    assert [column for piece in pieces for column in range(width)[piece]] == list(range(width))
+    assert len(pieces) == min(even, width)
+    assert max(widths) - min(widths) <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_even_pieces_are_rounded_before_they_are_added(kind):
+    """A row-parallel product is the sum of its pieces' products, each rounded to 16 bits, in order."""
+    model = random_model(kind, dtype="bfloat16")
+    name = sorted(names_of(model, is_sum))[0]
+    module = model.get_submodule(name)
+    conv = type(module).__name__ == "Conv1D"
+    matrix = module.weight if conv else module.weight.T
+    inputs = torch.randn(5, len(matrix), generator=torch.Generator().manual_seed(1)).bfloat16()
+    half = len(matrix) // 2
+    with torch.no_grad():
+        first, second = inputs[:, :half] @ matrix[:half], inputs[:, half:] @ matrix[half:]
+        bias = torch.zeros(()) if module.bias is None else module.bias
+        late = (first + second) + bias
+        early = torch.nn.functional.linear(inputs[:, :half], matrix[:half].T, module.bias) + second
+        for seed in range(4):
+            with replicas.applied(model, Draw(seed=seed, pieces=2)):
+                got = module(inputs)
+            assert torch.equal(got, late.bfloat16()) or torch.equal(got, early)
 
 
 # --- the floor -------------------------------------------------------------------------------------
@@ -284,24 +389,30 @@ def measured(models, kind, dtype, **more):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_draws_are_independent_enough(floors, kind):
-    """The default 24 draws count as at least the 12 that a Student t bound needs, on a model of 2 layers."""
+    """The default 24 draws count as at least 12 independent ones, on a model of 2 layers."""
     _, floor = floors[kind]
     print(f"{kind}: {floor.effective:.1f} effective of {REPLICAS}")
-    assert floor.effective >= MIN_EFFECTIVE
+    assert FEWEST_EFFECTIVE <= floor.effective <= REPLICAS
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_floor_has_a_number_for_each_place(floors, kind):
-    """Sigma for each row, noise for each step, statistics for each replica, prompt and bucket; all of them finite."""
+    """Sigma for each row, noise for each step, sums for each replica, prompt and bucket; all of them finite."""
     centre, floor = floors[kind]
     assert floor.sigma.shape == (len(centre),)
     assert floor.pair.shape == (centre.generated.sum(),)
-    assert floor.log_rms.shape == floor.log_max.shape == (REPLICAS, len(REQUESTS))
-    assert floor.log_rms_bucket.shape == (REPLICAS, BUCKETS)
-    assert len(floor.families) == REPLICAS
-    for name in ("sigma", "pair", "log_rms", "log_max", "log_rms_bucket"):
-        assert np.isfinite(getattr(floor, name)).all(), name
-        assert getattr(floor, name).dtype == np.float32
+    assert len(floor.families) == floor.replicas == REPLICAS
+    shapes = {
+        **dict.fromkeys(("square", "largest", "gain", "logp", "entropy"), (len(REQUESTS), 2)),
+        **dict.fromkeys(("margin", "top", "top_largest", "flips", "deficit"), (len(REQUESTS),)),
+        "along": (len(REQUESTS), 2, 0), "bias": (2, PROJECTIONS), "bucket": (2, BUCKETS),
+    }  # fmt: skip
+    assert set(shapes) == {field.name for field in fields(Moments)}
+    for name, shape in shapes.items():
+        assert getattr(floor.moments, name).shape == (REPLICAS, *shape), name
+    for array in (floor.sigma, floor.pair, *(getattr(floor.moments, name) for name in shapes)):
+        assert np.isfinite(array).all()
+        assert array.dtype == np.float32
     assert (floor.sigma > 0).all()
     assert (floor.pair > 0).all()
 
@@ -310,8 +421,9 @@ def test_a_floor_has_a_number_for_each_place(floors, kind):
 def test_replicas_are_in_units_of_their_own_floor(floors, kind):
     """Over all replicas and rows the mean squared error in units of sigma is one, or less where sigma has its floor."""
     centre, floor = floors[kind]
-    pooled = metrics.pooled(floor.log_rms.astype(np.float64), np.bincount(centre.request))
-    assert 0.8 < np.mean(np.exp(2 * pooled)) <= 1 + 1e-6
+    squares = floor.moments.square.astype(np.float64)
+    assert 0.8 < np.mean(squares.sum(axis=(1, 2)) / len(centre)) <= 1 + 1e-6
+    assert squares.sum(axis=(1, 2)) == pytest.approx(floor.moments.bucket.astype(np.float64).sum(axis=(1, 2)))
 
 
 def test_fp32_is_far_below_bf16(models, floors):
@@ -329,6 +441,30 @@ def test_a_floor_repeats(models, floors):
     assert (again.sigma == floor.sigma).all()
     assert (other.sigma != floor.sigma).any()
     assert np.median(other.sigma / floor.sigma) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_are_projected_on(models, kind):
+    """A floor measured with directions has each replica's part along each of them, in proportion to its length."""
+    rng = np.random.default_rng(3)
+    centre, _ = measured(models, kind, "bfloat16", count=1)
+    one = rng.normal(size=centre.projections.shape).astype(np.float16)
+    _, floor = measured(models, kind, "bfloat16", count=5, directions=(one, -2 * one))
+    assert floor.moments.along.shape == (5, len(REQUESTS), 2, 2)
+    first, second = floor.moments.along[..., 0], floor.moments.along[..., 1]
+    assert (first != 0).all()
+    assert second == pytest.approx(-2 * first, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parallel_floor_is_another_one(models, kind):
+    """Under a declared tensor parallelism other replicas are measured, and said to be; the size is alike."""
+    _, plain = measured(models, kind, "bfloat16", count=8)
+    _, parallel = measured(models, kind, "bfloat16", count=8, parallel=4)
+    assert (plain.sigma != parallel.sigma).any()
+    assert np.median(parallel.sigma / plain.sigma) == pytest.approx(1, abs=0.5)
+    assert any("sums in 4 pieces" in family for family in parallel.families)
+    assert not any("sums in 4 pieces" in family for family in plain.families)
 
 
 def test_progress_counts_the_replicas(models):
@@ -361,7 +497,7 @@ def test_a_variant_that_overflows_is_replaced(models, monkeypatch):
     bad = {2, 4}
     _, floor = measured(models, "gpt2", "bfloat16", count=4)
     assert len(calls) == 6
-    assert floor.log_rms.shape[0] == len(floor.families) == 4
+    assert len(floor.moments.square) == len(floor.families) == 4
     for bad, expected in (({1}, 1), (set(range(2, 99)), 16)):  # noqa: B007  # read by `broken`
         calls.clear()
         assert measured(models, "gpt2", "bfloat16", count=4)[1] is None
@@ -382,16 +518,33 @@ def test_overflow_has_no_floor(tmp_path):
 def test_condensed_by_hand():
     """A floor of two replicas on two prompts, against the formulas."""
     rng = np.random.default_rng(0)
-    errors = rng.normal(size=(2, 4, 16))
-    tops = rng.normal(size=(2, 2, 5))
     centre = centre_of([0, 0, 1, 1], [1, 2, 1, 2], [False, True, False, True])
-    floor = replicas.condense_floor(errors, tops, centre, 2, ("x", "y"))
-    norms = np.sqrt((errors**2).sum(axis=2))
+    errors = rng.normal(size=(2, 4, PROJECTIONS)).astype(np.float32)
+    tops = rng.normal(size=(2, 2, TOP)).astype(np.float32)
+    shown = [
+        replace(centre, projections=error, logp=error[:, 0], entropy=error[:, 1], top_logits=centre.top_logits + top)
+        for error, top in zip(errors, tops, strict=True)
+    ]
+    direction = rng.normal(size=(4, PROJECTIONS)).astype(np.float16)
+    floor = replicas.condense_floor(shown, centre, [direction], 2, 100, ("x", "y"))
+    norms = np.sqrt((errors.astype(np.float64) ** 2).sum(axis=2))
     sigma = np.sqrt((norms**2).mean(axis=0))
     assert floor.sigma == pytest.approx(sigma, rel=1e-6)
-    ratio = norms / sigma
-    assert floor.log_rms[1, 0] == pytest.approx(0.5 * np.log(np.mean(ratio[1, :2] ** 2)), rel=1e-5)
-    assert floor.log_max[0, 1] == pytest.approx(np.log(ratio[0, 2:].max()), rel=1e-5)
+    # The mean squared difference of two of five numbers is twice their variance.
+    pair = np.sqrt((2 * tops[:, :, :5].astype(np.float64).var(axis=2, ddof=1)).mean(axis=0))
+    assert floor.pair == pytest.approx(pair, rel=1e-5)
+    ratio, moments = norms / sigma, floor.moments
+    assert moments.square[1, 0] == pytest.approx(ratio[1, :2] ** 2, rel=1e-5)
+    assert moments.largest[0, 1] == pytest.approx(ratio[0, 2:], rel=1e-5)
+    along = (errors[1, 3].astype(np.float64) * direction[3].astype(np.float64)).sum() / sigma[3] ** 2
+    assert moments.along[1, 1, 1, 0] == pytest.approx(along, rel=1e-5)
+    assert moments.logp[1, 0, 1] == pytest.approx(errors[1, 1, 0] * np.sqrt(100) / sigma[1], rel=1e-5)
+    assert moments.entropy[0, 1, 0] == pytest.approx(errors[0, 2, 1] * np.sqrt(100) / sigma[2], rel=1e-5)
+    whitened = errors[0].astype(np.float64) / sigma[:, None]
+    assert moments.bias[0] == pytest.approx(np.stack([whitened[[0, 2]].sum(axis=0), whitened[[1, 3]].sum(axis=0)]))
+    assert moments.margin[1] == pytest.approx((tops[1, :, 0] - tops[1, :, 1]) / pair, rel=1e-4)
+    assert (moments.gain == 0).all()
+    assert (moments.flips == 0).all()
     assert floor.effective == pytest.approx(1)
     assert floor.families == ("x", "y")
 
@@ -406,9 +559,10 @@ def centre_of(requests, positions, generated):
         argmax=np.zeros(count, dtype=np.int32),
         nonfinite=np.zeros(count, dtype=np.int32),
         logsumexp=np.zeros(count, dtype=np.float32),
-        token_logit=np.zeros(count, dtype=np.float32),
-        projections=np.zeros((count, 16), dtype=np.float32),
-        top_ids=np.zeros((new, TOP), dtype=np.int32),
+        logp=np.zeros(count, dtype=np.float32),
+        entropy=np.zeros(count, dtype=np.float32),
+        projections=np.zeros((count, PROJECTIONS), dtype=np.float32),
+        top_ids=np.tile(np.arange(TOP, dtype=np.int32), (new, 1)),
         top_logits=np.zeros((new, TOP), dtype=np.float32),
         fingerprint=np.zeros(new, dtype=np.int64),
     )

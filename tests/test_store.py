@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 from harness import store
 from harness.errors import GoldenError
 from harness.store import ARRAYS_NAME, JSON_NAME, list_goldens, read_golden, write_golden
-from harness.values import Centre, Generation, Golden
+from harness.values import Centre, Generation, Golden, Moments
 from tests.killing import Forks
 from tests.support import read_json
 
@@ -57,29 +57,43 @@ def reworded(golden):
 
 
 def changed(golden):
-    """Other words, other numbers, and what the recorded golden lacks: a centre, stop ids, an eos, an umlaut."""
+    """Other words, other numbers, and what the recorded golden lacks: a centre, a floor of tensor parallelism with
+    fewer replicas, other directions, stop ids, an eos, an umlaut."""
     rows = replace(golden.rows, projections=golden.rows.projections + 1, argmax=golden.rows.argmax[::-1].copy())
     centre = Centre(
         logsumexp=rows.logsumexp * 2,
-        token_logit=rows.token_logit - 1,
+        logp=rows.logp - 1,
+        entropy=rows.entropy + 0.25,
         projections=rows.projections * 3,
         top_ids=rows.top_ids[:, ::-1].copy(),
         top_logits=rows.top_logits * 0.5,
         shift=0.1 + 0.2,
         inexact_tensors=3,
     )
+    floor = golden.floors["bfloat16"]
+    moments = {field.name: getattr(floor.moments, field.name)[:3] + 1 for field in dataclasses.fields(Moments)}
+    fewer = replace(floor, sigma=floor.sigma * 2, moments=Moments(**moments), families=("one", "zwölf", "three"))
     request = replace(golden.requests[0], text='Größe "✓"\n\u2028')
     first, *others = golden.generations
     return replace(
         reworded(golden),
         rows=rows,
         centres={"float16": centre},
+        floors={**golden.floors, "bfloat16/tp2": fewer},
+        directions={"int4": golden.directions["int8"], "something": -golden.directions["int4"]},
         requests=(request, *golden.requests[1:]),
         generations=(Generation(tokens=first.tokens, finish="eos"), *others),
         model=replace(golden.model, path=None),
         tokenizer_digest=None,
         stop_ids=(2, 300),
     )
+
+
+def bare(golden):
+    """What a golden need not have: directions, and more than one floor."""
+    floor = golden.floors["float32"]
+    moments = replace(floor.moments, along=floor.moments.along[..., :0])
+    return replace(reworded(golden), directions={}, floors={"float32": replace(floor, moments=moments)})
 
 
 def content(golden):
@@ -135,7 +149,7 @@ def put(directory, payload, *, signed):
 # --- writing and reading -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [reworded, changed])
+@pytest.mark.parametrize("make", [reworded, changed, bare])
 def test_everything_comes_back(golden, tmp_path, make):
     """Every field of a golden, and every array to the bit, is read as it was written."""
     expected = make(golden)
@@ -153,7 +167,7 @@ def test_two_readable_files_are_written(golden, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("make", [reworded, changed])
+@pytest.mark.parametrize("make", [reworded, changed, bare])
 def test_writing_again_gives_the_same_bytes(golden, tmp_path, make):
     """A golden that did not change makes no diff, also after it was read back."""
     write_golden(make(golden), tmp_path)
@@ -271,16 +285,16 @@ def test_a_json_larger_than_any_golden_is_not_read(victim):
 NO_GOLDEN = {
     "text": (b"not JSON at all", "is not JSON (JSONDecodeError)"),
     "binary": (bytes(range(256)), "is not JSON (UnicodeDecodeError)"),
-    "half a character": (b'{"format": 1, "name": "\xc3"}', "is not JSON (UnicodeDecodeError)"),
+    "half a character": (b'{"format": 2, "name": "\xc3"}', "is not JSON (UnicodeDecodeError)"),
     "deep": (b"[" * 200_000, "is not JSON (RecursionError)"),
     "deep objects": (b'{"a":' * 200_000, "is not JSON (RecursionError)"),
-    "a very long number": (b'{"format": 1, "vocabulary": ' + b"9" * 100_000 + b"}", "is not JSON (ValueError)"),
-    "a pickle": (pickle.dumps({"format": 1}), "is not JSON (UnicodeDecodeError)"),
+    "a very long number": (b'{"format": 2, "vocabulary": ' + b"9" * 100_000 + b"}", "is not JSON (ValueError)"),
+    "a pickle": (pickle.dumps({"format": 2}), "is not JSON (UnicodeDecodeError)"),
     "a list": (b"[1, 2]", "is JSON but not a golden"),
     "a number": (b"1", "is JSON but not a golden"),
     "another object": (b'{"a": 1}', "is JSON but not a golden"),
-    "an infinity": (b'{"format": 1, "digest": "x", "vocabulary": 1e999}', "was changed after it was written"),
-    "format alone": (b'{"format": 1}', "was changed after it was written"),
+    "an infinity": (b'{"format": 2, "digest": "x", "vocabulary": 1e999}', "was changed after it was written"),
+    "format alone": (b'{"format": 2}', "was changed after it was written"),
 }
 
 
@@ -294,11 +308,11 @@ def test_what_is_not_the_json_of_a_golden_is_refused(victim, payload, words):
 @pytest.mark.parametrize("depth", [100, 800, 900, 980, 1000, 5000])
 def test_nesting_of_any_depth_is_refused(victim, depth):
     """Whether parsing or digesting gives up first: one line."""
-    (victim / JSON_NAME).write_text('{"format": 1, "name": ' + "[" * depth + "]" * depth + "}", encoding="utf-8")
+    (victim / JSON_NAME).write_text('{"format": 2, "name": ' + "[" * depth + "]" * depth + "}", encoding="utf-8")
     refusal(victim, JSON_NAME)
 
 
-@pytest.mark.parametrize("number", [0, 2, 1.5, "1", None, 10**30])
+@pytest.mark.parametrize("number", [0, 1, 3, 2.5, "2", None, 10**30])
 def test_another_format_is_refused_with_both_numbers(victim, number):
     """The golden of another version says which one, and which one is read here."""
     sign(victim, lambda document: document.update(format=number))
@@ -431,18 +445,47 @@ def test_arrays_that_do_not_fit_are_refused_by_name(victim, golden, mutate):
     """Another shape or dtype, a NaN or an infinity in any one array is refused, the array named."""
     write_golden(changed(golden), victim)
     arrays = load((victim / ARRAYS_NAME).read_bytes())
-    assert len(arrays) == 6 + 5 + 5 * len(golden.floors)
-    for name, array in arrays.items():
-        if mutate in (_nan, _infinite) and array.dtype.kind != "f":
-            continue
+    assert set(arrays) == array_names(changed(golden))
+    tried = [name for name, array in arrays.items() if mutate not in (_nan, _infinite) or array.dtype.kind == "f"]
+    # Token ids alone are no floats.
+    assert len(arrays) - len(tried) in (0, 3)
+    for name in tried:
+        array = arrays[name]
         put(victim, save({**arrays, name: np.ascontiguousarray(mutate(array))}), signed=True)
         message = refusal(victim, JSON_NAME)
         # The width of the top entries is told by the reference's ids: there, another array is the first that differs.
         assert f"the array {name} " in message or (name == "reference.top_ids" and "top_logits" in message)
 
 
-def test_arrays_that_are_missing_are_refused_by_name(victim):
+def array_names(golden):
+    """Name of every array that is stored."""
+    floats = ("logsumexp", "logp", "entropy", "projections", "top_logits", "top_ids")
+    moments = [field.name for field in dataclasses.fields(Moments)]
+    assert len(moments) == 13
+    return {
+        "reference.argmax",
+        *(f"reference.{name}" for name in floats),
+        *(f"centre.{precision}.{name}" for precision in golden.centres for name in floats),
+        *(f"floor.{precision}.{name}" for precision in golden.floors for name in ("sigma", "pair", *moments)),
+        *(f"direction.{name}" for name in golden.directions),
+    }
+
+
+def test_arrays_are_of_the_dtypes_that_are_said(golden, tmp_path):
+    """Ids are int32, directions half as wide as all other floats, and a replica's axis comes first."""
+    write_golden(changed(golden), tmp_path)
+    arrays = load((tmp_path / ARRAYS_NAME).read_bytes())
+    for name, array in arrays.items():
+        expected = "int32" if name.endswith(("ids", "argmax")) else "float16" if "direction." in name else "float32"
+        assert str(array.dtype) == expected, name
+    prompts, two = len(golden.requests), len(changed(golden).directions)
+    assert arrays["floor.bfloat16/tp2.along"].shape == (3, prompts, 2, two)
+    assert arrays["floor.bfloat16.square"].shape == (len(golden.floors["bfloat16"].families), prompts, 2)
+
+
+def test_arrays_that_are_missing_are_refused_by_name(victim, golden):
     """A golden without one of its arrays names that array."""
+    write_golden(changed(golden), victim)
     arrays = load((victim / ARRAYS_NAME).read_bytes())
     for name in arrays:
         put(victim, save({key: array for key, array in arrays.items() if key != name}), signed=True)
@@ -454,9 +497,58 @@ def test_arrays_that_agree_on_a_wrong_size_are_refused(victim):
     arrays = load((victim / ARRAYS_NAME).read_bytes())
     put(victim, save({name: array[:, :0] if "top" in name else array for name, array in arrays.items()}), signed=True)
     assert "top_ids" in refusal(victim, JSON_NAME)
-    put(victim, save({name: array[:0] if "log_" in name else array for name, array in arrays.items()}), signed=False)
-    sign(victim, lambda document: [words.update(replicas=0) for words in document["floors"].values()])
+    kept = {name: array[:0] if is_moment(name) else array for name, array in arrays.items()}
+    put(victim, save(kept), signed=False)
+    sign(victim, lambda document: [words.update(replicas=0, families=[]) for words in document["floors"].values()])
     assert "0 replicas" in refusal(victim, JSON_NAME)
+
+
+def is_moment(name):
+    """Whether an array has an entry for each replica."""
+    return name.startswith("floor.") and not name.endswith((".sigma", ".pair"))
+
+
+@pytest.mark.parametrize("cut", [slice(None, -1), slice(1)], ids=["one replica less", "one replica alone"])
+def test_replicas_that_are_fewer_than_their_families_are_refused(victim, cut):
+    """Moments of fewer replicas than the JSON names, all of them alike, leave a floor that is not what it says."""
+    arrays = load((victim / ARRAYS_NAME).read_bytes())
+    kept = {name: np.ascontiguousarray(array[cut]) if is_moment(name) else array for name, array in arrays.items()}
+    put(victim, save(kept), signed=True)
+    assert "the array floor.float32.square is" in refusal(victim, JSON_NAME)
+    count = len(kept["floor.float32.square"])
+    sign(victim, lambda document: [words.update(replicas=count) for words in document["floors"].values()])
+    assert f"24 families for {count} replicas" in refusal(victim, JSON_NAME)
+    sign(victim, lambda document: [words.update(families=["x"] * count) for words in document["floors"].values()])
+    assert {floor.replicas for floor in read_golden(victim).floors.values()} == {count}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["int8"], "along"),
+        (["int8", "int4", "int2"], "along"),
+        ([], "along"),
+        (["int8", "int2"], "the array direction.int2 is missing"),
+        (["int8", ""], "the array direction. is missing"),
+        (["int8", 4], "direction"),
+        (["int8", None], "direction"),
+        (["int8", ["int4"]], "direction"),
+        (None, "NoneType"),
+        (7, "int"),
+    ],
+    ids=str,
+)
+def test_directions_that_do_not_match_the_arrays_are_refused(victim, names, words):
+    """The list of directions names each of the arrays, once, and the replicas have a number for each."""
+    assert read_json(victim / JSON_NAME)["directions"] == ["int8", "int4"]
+    sign(victim, lambda document: document.update(directions=names))
+    assert words in refusal(victim, JSON_NAME)
+
+
+def test_a_direction_that_is_named_twice_is_refused(victim):
+    """Two columns of the replicas cannot belong to one direction."""
+    sign(victim, lambda document: document.update(directions=["int8", "int8"]))
+    refusal(victim, JSON_NAME)
 
 
 HOSTILE_VALUES = (None, True, -1, 10**400, 1e308, "", "x\ny", [], [[]], {}, ["a"], [None], {"a": 1})
@@ -502,6 +594,13 @@ HOSTILE_EDITS = {
     "no arrays named": lambda document: document.update(arrays=None),
     "a digest that is a number": lambda document: document["arrays"].update(sha256=1),
     "a digest that is a path": lambda document: document["arrays"].update(sha256="../../../../etc/passwd"),
+    "fewer families than replicas": lambda document: document["floors"]["float32"]["families"].pop(),
+    "more families than replicas": lambda document: document["floors"]["bfloat16"]["families"].append("x"),
+    "no families": lambda document: document["floors"]["float32"].pop("families"),
+    "families that are a number": lambda document: document["floors"]["float32"].update(families=24),
+    "replicas that are a fraction": lambda document: document["floors"]["float32"].update(replicas=24.0),
+    "no directions": lambda document: document.pop("directions"),
+    "directions that are a word": lambda document: document.update(directions="int8"),
     "an undefined precision": lambda document: document["floors"].update(float8=document["floors"]["float32"]),
     "a finish of its own": lambda document: document["prompts"][0].update(finish="tired"),
 }

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.compare import Comparison
-from harness.values import PRECEDENCE, Finding, Status, Verdict
+from harness.values import PRECEDENCE, Answer, Finding, PassSummary, Power, Status, Verdict
 from harness.verdict import exit_code, failed, judge, overall
 
 
@@ -53,17 +53,69 @@ def test_exit_code_over_several_checks(pair):
     assert exit_code([_verdict(status) for status in pair]) == expected
 
 
+_POWER = Power(precision="bfloat16", level="logits", positions=3, steps=2, decidable=1, smallest=2.0)
+
+
+def _answered(function: Power | None, precision: Power | None) -> Verdict:
+    answers = (
+        Answer(question="function", status=Status.DRIFT, power=function),
+        Answer(question="precision", status=Status.DRIFT, power=precision),
+    )
+    return Verdict(golden="g", candidate="c", status=Status.DRIFT, findings=(), answers=answers)
+
+
 def test_judge_keeps_every_finding():
-    """A verdict forgets nothing: the findings that did not decide are still there."""
+    """A verdict forgets nothing: the findings that did not decide are still there, and so is what was asked."""
     findings = (
         Finding(status=Status.DRIFT, check="tokens", message="a"),
-        Finding(status=Status.DEVIATES, check="logits", message="b"),
+        Finding(status=Status.DEVIATES, check="error", message="b", question="function"),
     )
-    comparison = Comparison(findings=findings, power=None, passes=())
-    verdict = judge(comparison, golden="g", candidate="c", settings={}, seconds=1.0)
+    answers = _answered(None, _POWER).answers
+    line = PassSummary(
+        question="precision", run="r", view="replay", repeat=0, ratio=1.0, limit=2.0, flips=0, steps=2, seconds=0.1
+    )
+    comparison = Comparison(findings=findings, answers=answers, passes=(line,))
+    verdict = judge(comparison, golden="g", candidate="c", settings={"dtype": "bfloat16"}, seconds=1.0)
     assert verdict.status is Status.DEVIATES
+    assert not verdict.ok
     assert verdict.findings == findings
     assert [finding.message for finding in verdict.failures] == ["b"]
+    assert verdict.answers == answers
+    assert verdict.passes == (line,)
+    assert (verdict.settings, verdict.seconds) == ({"dtype": "bfloat16"}, 1.0)
+
+
+def test_a_comparison_without_findings_is_identical():
+    """Where nothing was found, nothing was different."""
+    verdict = judge(Comparison(findings=()), golden="g", candidate="c", settings={}, seconds=0.0)
+    assert verdict.status is Status.IDENTICAL
+
+
+@pytest.mark.parametrize("status", Status)
+@pytest.mark.parametrize("question", ["function", "precision"])
+def test_either_question_decides(status, question):
+    """A finding of one question decides the verdict though the other found nothing worse than drift."""
+    findings = tuple(
+        Finding(status=one, check="c", message="m", question=of)
+        for one, of in ((Status.DRIFT, "function"), (Status.DRIFT, "precision"), (status, question))
+    )
+    verdict = judge(Comparison(findings=findings), golden="g", candidate="c", settings={}, seconds=0.0)
+    assert verdict.status is (Status.DRIFT if status is Status.IDENTICAL else status)
+
+
+def test_power_is_that_of_the_run_as_shipped():
+    """Of two questions the power of the shipped run is the verdict's, else that of the only one there is."""
+    other = Power(precision="float32", level="logits", positions=9, steps=2, decidable=2, smallest=4.0)
+    assert _answered(other, _POWER).power == _POWER
+    assert _answered(other, None).power == other
+    assert _answered(None, None).power is None
+
+
+def test_coverage_is_a_share():
+    """Coverage is the share of decidable steps, and none of no steps."""
+    assert _POWER.coverage == 0.5
+    nothing = Power(precision="bfloat16", level="nothing", positions=0, steps=0, decidable=0, smallest=None)
+    assert nothing.coverage == 0
 
 
 def test_raise_if_failed_carries_the_report():

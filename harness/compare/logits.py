@@ -1,176 +1,283 @@
-"""Logits: error in units of the reference's own round-off, pooled, by prompt and by position (numerics.md 2.4, 2.5)."""
+"""Logits: errors in units of the reference's own round-off, pooled and by group (numerics.md 2.4, 2.5)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.compare.context import Context, pass_name, request_name
-from harness.numerics import bounds, metrics
-from harness.numerics.constants import ALPHA_GROUPS, ALPHA_POOLED, BUCKETS
-from harness.values import Finding, Floor, Pass, Status
+from harness.numerics import bounds, metrics, statistics
+from harness.numerics.bounds import Bound
+from harness.numerics.constants import ALPHA_GROUPS, ALPHA_POOLED, BUCKETS, MAX_SMALLEST
+from harness.numerics.moments import measure, norms_of, scale_of
+from harness.numerics.statistics import Unit
+from harness.values import Finding, Floor, Moments, Pass, Rows, Statistic, Status
+
+Float64 = NDArray[np.float64]
 
 
-def check(context: Context) -> list[Finding]:
-    """Judge the size of the error of every pass that shows logits."""
-    shown = [one for one in context.trace.passes if one.rows is not None]
-    missing = unmeasured(context)
-    if missing:
-        return [
-            Finding(
-                status=Status.UNMEASURED,
-                check="logits",
-                message=reason,
-                fix="Record the golden with a floor for this precision, or let the engine show logits",
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What the logits say: the statistics, what follows from them, and the smallest error they would have caught."""
+
+    findings: tuple[Finding, ...]
+    statistics: tuple[Statistic, ...]
+    smallest: float | None
+
+
+def judge(context: Context) -> Judged:
+    """Hold every statistic of a trace against the replicas."""
+    shown = [(one, part) for one, part in zip(context.trace.passes, context.moments, strict=False) if part is not None]
+    if not shown or context.floor is None:
+        return Judged(findings=(), statistics=(), smallest=None)
+    pooled, smallest = _pooled(context, context.floor, shown)
+    groups = list(_groups(context, context.floor, shown))
+    found = [*pooled, *groups]
+    findings = [finding for one in found if (finding := finding_of(context, one)) is not None]
+    if smallest > MAX_SMALLEST and all(finding.status.ok for finding in findings):
+        findings.append(too_little(context, smallest))
+    return Judged(findings=tuple(findings), statistics=tuple(_kept(pooled, groups)), smallest=smallest)
+
+
+def too_little(context: Context, smallest: float) -> Finding:
+    """The finding that a comparison could not have seen even a gross error."""
+    return Finding(
+        status=Status.UNMEASURED,
+        check="power",
+        question=context.question,
+        message=f"an error of {smallest:.3g} x round-off would have passed: too little was compared",
+        measured=smallest,
+        allowed=MAX_SMALLEST,
+        why="the smallest error of a bug that fails with a probability of 99 %",
+        fix="Check more or longer prompts, or record the golden with more replicas",
+    )
+
+
+def shown_by(context: Context, one: Pass) -> NDArray[np.int64]:
+    """Which (prompt, prompt or generated) rows a pass shows, [P, 2]: a replay shows generated rows alone."""
+    shown = np.zeros((len(context.golden.requests), 2), dtype=np.int64)
+    shown[list(one.requests), 1] = 1
+    if one.view == "prefill":
+        shown[list(one.requests), 0] = 1
+    return shown
+
+
+def unit_of(context: Context, passes: Sequence[Pass], name: str) -> Unit:
+    """The rows of some passes as one unit."""
+    return statistics.unit_of(name, [shown_by(context, one) for one in passes])
+
+
+def candidate_moments(context: Context, shown: Sequence[tuple[Pass, Moments]], unit: Unit) -> Moments:
+    """The candidate's passes averaged into one."""
+    return statistics.averaged([part for _, part in shown], [shown_by(context, one) for one, _ in shown], unit)
+
+
+# --- the pooled unit -----------------------------------------------------------------------------
+
+
+def _pooled(context: Context, floor: Floor, shown: Sequence[tuple[Pass, Moments]]) -> tuple[list[Statistic], float]:
+    """All passes together: one value of each statistic, each with its share of half the false-alarm rate."""
+    unit = unit_of(context, [one for one, _ in shown], "all")
+    replicas, values = _both(context, floor, shown, unit)
+    limits = _bounds(context, floor, replicas, ALPHA_POOLED, len(values))
+    smallest = bounds.smallest_caught(limits[statistics.ERROR]) if statistics.ERROR in limits else math.inf
+    return [statistic(context, name, unit.name, value, limits[name]) for name, value in values.items()], smallest
+
+
+def pooled_under(context: Context, precision: str, centre: Rows) -> list[Statistic]:
+    """The pooled statistics if the candidate had declared another precision, about ``centre``."""
+    golden = context.golden
+    floor = golden.floors[precision]
+    scale = scale_of(centre, floor.sigma, floor.pair, [], len(golden.requests), golden.vocabulary)
+    rows = [(one, one.rows) for one in context.trace.passes if one.rows is not None]
+    other = replace(context, precision=precision, floor=floor, centre=centre, scale=scale, norms=norms_of(scale))
+    return _pooled(other, floor, [(one, measure(shown, scale, other.place(shown))) for one, shown in rows])[0]
+
+
+def _both(
+    context: Context, floor: Floor, shown: Sequence[tuple[Pass, Moments]], unit: Unit
+) -> tuple[dict[str, Float64], dict[str, float]]:
+    """Every statistic of a unit: of the replicas [K], and of the candidate."""
+    assert context.norms is not None
+    replicas = statistics.logits(floor.moments, context.norms, unit)
+    values = statistics.logits(candidate_moments(context, shown, unit), context.norms, unit)
+    return replicas, {name: float(value) for name, value in values.items()}
+
+
+def _bounds(
+    context: Context, floor: Floor, replicas: Mapping[str, Float64], alpha: float, tests: int
+) -> dict[str, Bound]:
+    found = {}
+    for name, column in replicas.items():
+        spread = bounds.spread_of(column, floor.effective, context.scatter_of(name))
+        if name in statistics.SIGNED:
+            found[name] = bounds.signed_bound(column, spread, alpha=alpha, tests=tests)
+        else:
+            found[name] = bounds.magnitude_bound(
+                column, spread, alpha=alpha, tests=tests, precision=context.precision, hull=name == statistics.SHIFT
             )
-            for reason in missing
-        ]
-    assert context.floor is not None
-    return [finding for one in shown for finding in _one_pass(context, context.floor, one, len(shown))]
+    return found
 
 
-def unmeasured(context: Context) -> tuple[str, ...]:
-    """Why no error can be judged at all, in words; empty where it can."""
-    if not any(one.rows is not None and len(one.rows) for one in context.trace.passes):
-        return ("the candidate shows no logits, and no scorer was asked about its tokens",)
-    if context.floor is None:
-        known = ", ".join(context.golden.floors) or "none"
-        left_out = context.golden.provenance.get("left_out") or {}
-        reason = f": {left_out[context.precision]}" if context.precision in left_out else ""
-        return (f"the golden has no floor for {context.precision}{reason} (floors: {known})",)
-    return ()
-
-
-def _ratios(context: Context, floor: Floor, one: Pass) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Error of each row in units of its round-off [n], and the row's place in the golden [n]."""
-    assert one.rows is not None
-    place = context.place(one.rows)
-    norm = metrics.error_norm(one.rows.projections, context.centre.projections[place])
-    return norm / np.maximum(floor.sigma[place], np.finfo(np.float32).tiny), place
+def pooled_limit(context: Context, one: Pass) -> float | None:
+    """Root mean square error from which this pass alone fails, in units of round-off; None as for `pooled_ratio`."""
+    found = _one_error(context, one)
+    return None if found is None else bounds.exponential(found[1].failing[1])
 
 
 def pooled_ratio(context: Context, one: Pass) -> float | None:
     """Root mean square error of a pass in units of round-off, None where there is no floor or no logits."""
-    if context.floor is None or one.rows is None or not len(one.rows):
+    found = _one_error(context, one)
+    return None if found is None else bounds.exponential(found[0])
+
+
+def _one_error(context: Context, one: Pass) -> tuple[float, Bound] | None:
+    part = next((p for other, p in zip(context.trace.passes, context.moments, strict=False) if other is one), None)
+    if part is None or context.floor is None:
         return None
-    ratios, _ = _ratios(context, context.floor, one)
-    return float(np.sqrt(np.mean(ratios**2)))
+    unit = unit_of(context, [one], pass_name(one))
+    replicas, values = _both(context, context.floor, [(one, part)], unit)
+    if statistics.ERROR not in values:
+        return None
+    limits = _bounds(context, context.floor, replicas, ALPHA_GROUPS, _tests(context))
+    return values[statistics.ERROR], limits[statistics.ERROR]
 
 
-def _one_pass(context: Context, floor: Floor, one: Pass, passes: int) -> Iterator[Finding]:
-    ratios, place = _ratios(context, floor, one)
-    if not len(ratios):
-        return
-    pooled = 0.5 * math.log(max(float(np.mean(ratios**2)), np.finfo(np.float64).tiny))
-    bound = _pooled_bound(context, floor, one, passes)
-    found = _judge(context, one, "logits", "all positions", pooled, bound)
-    if found is not None:
-        yield found
-    yield from _groups(context, floor, one, ratios, place, passes)
+# --- groups --------------------------------------------------------------------------------------
 
 
-def _groups(
-    context: Context,
-    floor: Floor,
-    one: Pass,
-    ratios: NDArray[np.float64],
-    place: NDArray[np.int64],
-    passes: int,
-) -> Iterator[Finding]:
-    """The worst prompt, the worst single position and the worst position bucket, each against its replicas."""
-    rows = context.golden.rows
-    prompts = len(context.golden.requests)
-    tests = passes * (2 * prompts + BUCKETS)
-    buckets = metrics.position_buckets(rows.position)
-    families = [
-        ("logits of a prompt", metrics.log_rms(ratios, rows.request[place], prompts), floor.log_rms, _prompt_place),
-        ("one position", metrics.log_max(ratios, rows.request[place], prompts), floor.log_max, _prompt_place),
-    ]
-    if len(one.requests) == prompts:
-        # The replicas' buckets are over all prompts: a pass that covers a few has no such null.
-        by_bucket = metrics.log_rms(ratios, buckets[place], BUCKETS)
-        families.append(("a range of positions", by_bucket, floor.log_rms_bucket, _bucket_place))
-    for check_name, values, replicas, describe in families:
-        findings = []
+def _tests(context: Context) -> int:
+    """Tests that share a quarter of the rate: statistics of each pass, its prompts, its ranges of positions."""
+    shown = [one for one, part in zip(context.trace.passes, context.moments, strict=False) if part is not None]
+    whole = [one for one in shown if len(one.requests) == len(context.golden.requests)]
+    by_pass = len(shown) * (
+        1 + len(statistics.SIGNED) + len(statistics.MAGNITUDES & {statistics.ERROR, statistics.SHIFT})
+    )
+    return by_pass + sum(len(one.requests) for one in shown) + BUCKETS * len(whole)
+
+
+def _groups(context: Context, floor: Floor, shown: Sequence[tuple[Pass, Moments]]) -> Iterator[Statistic]:
+    """Every pass by itself: its statistics, its worst position, its prompts, its ranges of positions.
+
+    Holm's correction, which the note asks for, differs from Bonferroni's only after a first rejection, and one
+    rejection decides a verdict.
+    """
+    assert context.norms is not None
+    tests = _tests(context)
+    for one, part in shown:
+        unit = unit_of(context, [one], pass_name(one))
+        replicas, values = _both(context, floor, [(one, part)], unit)
+        limits = _bounds(context, floor, replicas, ALPHA_GROUPS, tests)
+        yield from (statistic(context, name, unit.name, value, limits[name]) for name, value in values.items())
+        yield _worst_position(context, floor, part, unit, tests)
+        of_prompts = statistics.by_prompt(floor.moments, context.norms, unit)
+        by_prompt = statistics.by_prompt(part, context.norms, unit)
+        names = [f"{unit.name}, prompt {request_name(context.golden, i)!r}" for i in range(len(by_prompt))]
+        yield from _family(context, floor, of_prompts, by_prompt, names, tests)
+        if len(one.requests) == len(context.golden.requests):
+            of_buckets = statistics.by_bucket(floor.moments, context.norms, unit)
+            by_bucket = statistics.by_bucket(part, context.norms, unit)
+            names = [f"{unit.name}, {_bucket_name(context, i)}" for i in range(len(by_bucket))]
+            yield from _family(context, floor, of_buckets, by_bucket, names, tests)
+
+
+def _worst_position(context: Context, floor: Floor, part: Moments, unit: Unit, tests: int) -> Statistic:
+    replicas = statistics.worst(floor.moments, unit)
+    spread = bounds.spread_of(replicas, floor.effective, context.scatter_of(statistics.WORST))
+    bound = bounds.maximum_bound(replicas, spread, alpha=ALPHA_GROUPS, tests=tests, precision=context.precision)
+    return statistic(context, statistics.WORST, unit.name, float(statistics.worst(part, unit)), bound)
+
+
+def _family(
+    context: Context, floor: Floor, replicas: Float64, values: Float64, names: Sequence[str], tests: int
+) -> Iterator[Statistic]:
+    """Log rms of several units of one kind, whose spreads are drawn towards each other."""
+    spreads = bounds.moderated(replicas, floor.effective, context.scatter_of(statistics.ERROR))
+    for index, spread in enumerate(spreads):
         # -inf marks a unit without rows or without any error; NaN must not be skipped with it.
-        for unit in np.flatnonzero(~np.isneginf(values)):
-            bound = bounds.replica_bound(
-                replicas[:, unit].astype(np.float64),
-                effective=floor.effective,
-                precision=context.precision,
-                alpha=ALPHA_GROUPS,
-                tests=tests,
-            )
-            where = describe(context, int(unit))
-            findings.append(_judge(context, one, check_name, where, float(values[unit]), bound))
-        flagged = [finding for finding in findings if finding is not None]
-        if flagged:
-            yield _worst(flagged)
+        if np.isneginf(values[index]):
+            continue
+        bound = bounds.magnitude_bound(
+            replicas[:, index], spread, alpha=ALPHA_GROUPS, tests=tests, precision=context.precision
+        )
+        yield statistic(context, statistics.ERROR, names[index], float(values[index]), bound)
 
 
-def _worst(findings: list[Finding]) -> Finding:
-    """The finding furthest beyond its bound, with the number of others beside it."""
-    worst = max(findings, key=lambda found: (not found.status.ok, (found.measured or 0) / (found.allowed or 1)))
-    others = sum(found.status == worst.status for found in findings) - 1
-    if not others:
-        return worst
-    return replace(worst, message=f"{worst.message} (and {others} more like it)")
-
-
-def _prompt_place(context: Context, unit: int) -> str:
-    return f"prompt {request_name(context.golden, unit)!r}"
-
-
-def _bucket_place(context: Context, unit: int) -> str:
+def _bucket_name(context: Context, bucket: int) -> str:
     position = context.golden.rows.position
-    inside = position[metrics.position_buckets(position) == unit]
-    return f"positions {inside.min()} to {inside.max()}"
+    inside = position[metrics.position_buckets(position) == bucket]
+    return f"positions {inside.min()} to {inside.max()}" if len(inside) else "no position"
 
 
-def _judge(
-    context: Context, one: Pass, check_name: str, place: str, value: float, bound: bounds.Bound
-) -> Finding | None:
-    """None within the bound; `drift` beyond chance; `deviates` beyond chance and beyond the effect size."""
-    if value <= bound.significant:
-        return None
-    failed = not value <= bound.failing
-    return Finding(
-        status=Status.DEVIATES if failed else Status.DRIFT,
-        check=check_name,
-        message=f"the error is {math.exp(value):.3g} x the reference's own round-off in "
-        f"{context.precision}" + ("" if failed else ", more than chance but too little to be called a bug"),
-        where=f"{pass_name(one)}, {place}",
-        measured=math.exp(value),
-        allowed=math.exp(bound.failing),
+# --- in words --------------------------------------------------------------------------------------
+
+
+def statistic(context: Context, name: str, unit: str, value: float, bound: Bound) -> Statistic:
+    """A value with its bound."""
+    return Statistic(
+        question=context.question,
+        precision=context.precision,
+        name=name,
+        unit=unit,
+        value=value,
+        centre=bound.centre,
+        own=bound.own,
+        spread=bound.spread,
+        z=bound.z(value),
+        significant=bound.significant,
+        failing=bound.failing,
         why=bound.why,
-        fix="Compare module by module, first in float32" if failed else "",
     )
 
 
-def pooled_limit(context: Context, one: Pass) -> float | None:
-    """Root mean square error from which this pass fails, in units of round-off; None as for `pooled_ratio`."""
-    if context.floor is None or one.rows is None or not len(one.rows):
+def _kept(pooled: Sequence[Statistic], groups: Sequence[Statistic]) -> Iterator[Statistic]:
+    """The pooled statistics, and of the groups the one with the largest |z| of each name."""
+    yield from pooled
+    for name in sorted({one.name for one in groups}):
+        yield max((one for one in groups if one.name == name), key=lambda one: abs(one.z))
+
+
+_SIGNED_WORDS = {
+    statistics.GAIN: "the logits are scaled",
+    statistics.LOGP: "the log-probability of the next token is shifted",
+    statistics.ENTROPY: "the entropy is shifted",
+    statistics.MARGIN: "the margin between the two best tokens is shifted",
+}
+
+
+def finding_of(context: Context, one: Statistic) -> Finding | None:
+    """None within chance; `drift` beyond chance; `deviates` beyond chance and beyond the effect size."""
+    # Written so that NaN fails.
+    if one.significant[0] <= one.value <= one.significant[1]:
         return None
-    shown = sum(other.rows is not None for other in context.trace.passes)
-    return math.exp(_pooled_bound(context, context.floor, one, shown).failing)
-
-
-def _pooled_replicas(context: Context, floor: Floor, one: Pass) -> NDArray[np.float64]:
-    """S1 of each replica over the prompts of a pass, [K]."""
-    chosen = list(one.requests)
-    rows_of_prompt = np.bincount(context.golden.rows.request, minlength=len(context.golden.requests))
-    return metrics.pooled(floor.log_rms[:, chosen].astype(np.float64), rows_of_prompt[chosen])
-
-
-def _pooled_bound(context: Context, floor: Floor, one: Pass, passes: int) -> bounds.Bound:
-    return bounds.replica_bound(
-        _pooled_replicas(context, floor, one),
-        effective=floor.effective,
-        precision=context.precision,
-        alpha=ALPHA_POOLED,
-        tests=passes,
+    failed = not one.failing[0] <= one.value <= one.failing[1]
+    signed = one.name in statistics.SIGNED
+    if signed:
+        message = f"{_SIGNED_WORDS[one.name]} by {one.value:+.3g} of round-off in {context.precision} (z = {one.z:.1f})"
+        side = one.failing[1] if one.value > one.centre else one.failing[0]
+        measured, allowed = abs(one.value - one.centre), abs(side - one.centre)
+    else:
+        what = {
+            statistics.ERROR: "the error",
+            statistics.WORST: "the error of one position",
+            statistics.SHIFT: "a shift that all positions have in common",
+        }.get(one.name, f"the {one.name}")
+        message = (
+            f"{what} is {bounds.exponential(one.value):.3g} x the reference's own round-off in {context.precision}"
+        )
+        measured, allowed = bounds.exponential(one.value), bounds.exponential(one.failing[1])
+    return Finding(
+        status=Status.DEVIATES if failed else Status.DRIFT,
+        check=one.name,
+        question=context.question,
+        message=message + ("" if failed else ", more than chance but too little to be called a bug"),
+        where="all passes together" if one.unit == "all" else one.unit,
+        measured=measured,
+        allowed=allowed,
+        why=one.why,
+        fix="Compare module by module, first in float32" if failed else "",
     )

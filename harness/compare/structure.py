@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import numpy as np
 
 from harness.compare.context import pass_name, request_name
-from harness.engines.runner import visits
-from harness.values import NOT_USED, Finding, Golden, Pass, Rows, Run, Status, Trace
+from harness.engines.runner import planned
+from harness.values import NOT_USED, Finding, Generation, Golden, Pass, Rows, Run, Status, Trace, View
 
 
-def check(golden: Golden, trace: Trace, runs: Sequence[Run] | None = None) -> list[Finding]:
+def check(
+    golden: Golden, trace: Trace, runs: Sequence[Run] | None = None, *, views: tuple[View, ...] | None = None
+) -> list[Finding]:
     """Everything that can be wrong before two numbers are compared.
 
-    ``runs`` are what the candidate was asked to do, the suite's own by default.
+    ``runs`` are what the candidate was asked to do, the suite's own by default, and ``views`` the only views of
+    them that it was asked for, all by default.
     """
     runs = golden.suite.runs if runs is None else runs
     found = [
@@ -23,12 +27,18 @@ def check(golden: Golden, trace: Trace, runs: Sequence[Run] | None = None) -> li
         *_settings(trace),
         *_vocabulary(golden, trace),
         *_prompt_ids(golden, trace),
-        *_passes(golden, trace, runs),
+        *_passes(golden, trace, runs, views),
     ]
     if found:
         return found
-    found = [*_nonfinite(golden, trace), *_extra_columns(golden, trace), *_lengths(golden, trace)]
-    return [*found, *_repeats(golden, trace)]
+    return [
+        *_nonfinite(golden, trace),
+        *_nonfinite_entries(golden, trace),
+        *_extra_columns(golden, trace),
+        *_lengths(golden, trace),
+        *_entries(golden, trace),
+        *_repeats(golden, trace),
+    ]
 
 
 def _structural(check: str, message: str, fix: str, where: str = "") -> Finding:
@@ -102,16 +112,15 @@ def _prompt_ids(golden: Golden, trace: Trace) -> Iterator[Finding]:
         )
 
 
-def _passes(golden: Golden, trace: Trace, runs: Sequence[Run]) -> Iterator[Finding]:
+def _passes(golden: Golden, trace: Trace, runs: Sequence[Run], views: tuple[View, ...] | None) -> Iterator[Finding]:
     """Exactly the passes that were asked for, each visit of them, with exactly the golden's positions.
 
-    What was asked is derived from the runs: a trace that says itself what it had to show could leave out anything.
+    What was asked is derived from the runs and from what the engine can show: a trace that lists itself what it
+    had to show could leave out anything.
     """
     asked = [
         (run.name, view, repeat, visit)
-        for run in runs
-        for view in run.views
-        for repeat, visit in enumerate(visits(run, golden.requests))
+        for run, view, repeat, visit in planned(runs, golden.requests, trace.capabilities, views)
     ]
     held = [(one.run, one.view, one.repeat, one.requests) for one in trace.passes]
     for run, view, repeat, visit in asked:
@@ -163,7 +172,7 @@ def _nonfinite(golden: Golden, trace: Trace) -> Iterator[Finding]:
             continue
         # Any NaN or infinity that is not counted as such is caught too: `not finite`, never `diff > bound`.
         broken = (one.rows.nonfinite > 0) | ~np.isfinite(one.rows.projections).all(axis=1)
-        broken |= ~np.isfinite(one.rows.logsumexp) | ~np.isfinite(one.rows.token_logit)
+        broken |= ~np.isfinite([one.rows.logsumexp, one.rows.logp, one.rows.entropy]).all(axis=0)
         if broken.any():
             first = int(np.flatnonzero(broken)[0])
             yield _structural(
@@ -172,6 +181,32 @@ def _nonfinite(golden: Golden, trace: Trace) -> Iterator[Finding]:
                 "Look for overflow (fp16 ends at 65,504), masked rows without a key, uninitialised memory",
                 where=f"{pass_name(one)}, prompt {request_name(golden, int(one.rows.request[first]))!r}, "
                 f"position {int(one.rows.position[first])}",
+            )
+
+
+def _nonfinite_entries(golden: Golden, trace: Trace) -> Iterator[Finding]:
+    """A probability of zero is sound for any token but the best: one that a server masks has it."""
+    for one in trace.passes:
+        if one.view != "generate":
+            continue
+        values = [
+            (index, step, value, rank)
+            for index, given in zip(one.requests, one.generations, strict=True)
+            for step, row in enumerate(given.top_logits)
+            for rank, value in enumerate(row)
+        ]
+        broken = [
+            (index, step)
+            for index, step, value, rank in values
+            if not math.isfinite(value) and not (rank > 0 and value == -math.inf)
+        ]
+        if broken:
+            index, step = broken[0]
+            yield _structural(
+                "finite",
+                f"{len(broken)} of {len(values)} top entries are NaN or infinite",
+                "Look for overflow (fp16 ends at 65,504), masked rows without a key, uninitialised memory",
+                where=f"{pass_name(one)}, prompt {request_name(golden, index)!r}, step {step}",
             )
 
 
@@ -210,6 +245,24 @@ def _lengths(golden: Golden, trace: Trace) -> Iterator[Finding]:
                 )
 
 
+def _entries(golden: Golden, trace: Trace) -> Iterator[Finding]:
+    """Top entries are there for each token or, from an engine that does not promise them, for none."""
+    promised = "top_logprobs" in trace.capabilities
+    for one in trace.passes:
+        if one.view != "generate":
+            continue
+        for index, given in zip(one.requests, one.generations, strict=True):
+            wanted = len(given.tokens) if promised or given.top_ids or given.top_logits else 0
+            ids, values = list(map(len, given.top_ids)), list(map(len, given.top_logits))
+            if ids != values or len(ids) != wanted or 0 in ids:
+                yield _structural(
+                    "lengths",
+                    f"top entries of {len(ids)} steps, with values of {len(values)}, for {len(given.tokens)} tokens",
+                    "Show the best tokens of each step, each with its value",
+                    where=f"{pass_name(one)}, prompt {request_name(golden, index)!r}",
+                )
+
+
 def _repeats(golden: Golden, trace: Trace) -> Iterator[Finding]:
     """The first and the last visit of A-B-A must agree, to the bit for an engine that calls itself deterministic."""
     by_key: dict[tuple[str, str, tuple[int, ...]], list[Pass]] = {}
@@ -217,10 +270,10 @@ def _repeats(golden: Golden, trace: Trace) -> Iterator[Finding]:
         by_key.setdefault((one.run, one.view, one.requests), []).append(one)
     for seen in by_key.values():
         for first, again in combinations(seen, 2):
-            place = _first_difference(first, again)
+            deterministic = "deterministic" in trace.capabilities
+            place = _first_difference(first, again, exact=deterministic)
             if place is None:
                 continue
-            deterministic = "deterministic" in trace.capabilities
             yield Finding(
                 status=Status.NONDETERMINISTIC if deterministic else Status.DRIFT,
                 check="repeat",
@@ -233,15 +286,26 @@ def _repeats(golden: Golden, trace: Trace) -> Iterator[Finding]:
             )
 
 
-def _first_difference(first: Pass, again: Pass) -> int | None:
-    """The first generated step at which two visits differ in any bit, None where they do not."""
+def _first_difference(first: Pass, again: Pass, *, exact: bool) -> int | None:
+    """The first generated step at which two visits differ, None where they do not.
+
+    Rows differ in any bit. Free runs differ in tokens or end and, where ``exact`` is asked, in any bit of their top
+    entries: elsewhere these are judged as numbers.
+    """
     if first.rows is None or again.rows is None:
         for a, b in zip(first.generations, again.generations, strict=True):
-            if a != b:
+            one, other = _steps(a, exact=exact), _steps(b, exact=exact)
+            if (one, a.finish) != (other, b.finish):
                 return next(
-                    (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y),
-                    min(len(a.tokens), len(b.tokens)),
+                    (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other))
                 )
         return None
     differs = first.rows.fingerprint != again.rows.fingerprint
     return int(np.flatnonzero(differs)[0]) if differs.any() else None
+
+
+def _steps(given: Generation, *, exact: bool) -> list[tuple[object, ...]]:
+    """What a free run shows of each step: its token and, where ``exact`` is asked, its top entries."""
+    if not exact:
+        return [(token,) for token in given.tokens]
+    return list(zip_longest(given.tokens, given.top_ids, given.top_logits))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from harness.errors import EngineError
 from harness.numerics.sketch import Sketcher
 from harness.values import Generation, Request, Suite
 
@@ -87,3 +88,18 @@ class Engine(ABC):
         sketcher: Sketcher,
     ) -> None:
         """One pass over prompt and continuation; logits at all positions go to ``sketcher``."""
+
+    def narrow_operation(self) -> str:
+        """The first operation that makes a float below 32 bits, in words; empty where there is none, or none is seen.
+
+        A forward that was wrapped before the copy was made may still run the 16-bit model.
+        """
+        return ""
+
+    def upcast(self) -> Engine:
+        """A copy of the live model as loaded, its weights and buffers widened as they are; the copy is closed.
+
+        Raises:
+            EngineError: by an engine that lacks the capability.
+        """
+        raise EngineError(f"the engine {self.spec} cannot be widened", fix="Only one with the capability upcast can be")

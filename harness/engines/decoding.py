@@ -6,7 +6,7 @@ Shape legend: B batch rows, T new tokens, S tokens so far (padding included), V 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -90,14 +90,61 @@ def positions(mask_BS: torch.Tensor) -> torch.Tensor:
 
 
 def greedy(
-    decoder: Decoder, requests: Sequence[Request], *, batch_size: int | None, stop_ids: frozenset[int]
+    decoder: Decoder,
+    requests: Sequence[Request],
+    *,
+    batch_size: int | None,
+    stop_ids: frozenset[int],
+    chunk: int | None = None,
+    top: int = 0,
 ) -> list[Generation]:
-    """Free greedy continuations, in the order of ``requests``."""
+    """Free greedy continuations, in the order of ``requests``.
+
+    ``chunk`` feeds the prompts in pieces of that many tokens; ``top`` keeps as many of the highest
+    log-probabilities of each step.
+    """
     found: dict[int, Generation] = {}
     for batch in plan_batches([len(request.prompt_ids) for request in requests], batch_size):
-        rows = _decode(decoder, [requests[i] for i in batch], None, stop_ids, lambda _step, _logits: None)
-        found.update(zip(batch, rows, strict=True))
+        best = _Best(top)
+        rows = _decode(decoder, [requests[i] for i in batch], None, stop_ids, best.take, chunk)
+        found.update(zip(batch, best.added_to(rows), strict=True))
     return [found[i] for i in range(len(requests))]
+
+
+class _Best:
+    """Gathers the highest log-probabilities of each step, float32, for as long as each row goes on."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._steps: list[list[list[tuple[int, float]]]] = []
+
+    def take(self, _step: int, logits_BV: torch.Tensor) -> None:
+        import torch
+
+        if not self._count:
+            return
+        logprobs_BV = torch.log_softmax(logits_BV, dim=-1, dtype=torch.float32)
+        logits_BT, ids_BT = logits_BV.topk(min(self._count, logits_BV.shape[-1]), dim=-1)
+        columns = (logits_BT.tolist(), ids_BT.tolist(), logprobs_BV.gather(-1, ids_BT).tolist())
+        self._steps.append([_ordered(*row) for row in zip(*columns, strict=True)])
+
+    def added_to(self, generations: Sequence[Generation]) -> list[Generation]:
+        if not self._count:
+            return list(generations)
+        return [
+            replace(
+                given,
+                top_ids=tuple(tuple(token for token, _ in step[row]) for step in self._steps[: len(given.tokens)]),
+                top_logits=tuple(tuple(value for _, value in step[row]) for step in self._steps[: len(given.tokens)]),
+            )
+            for row, given in enumerate(generations)
+        ]
+
+
+def _ordered(logits: list[float], ids: list[int], logprobs: list[float]) -> list[tuple[int, float]]:
+    """(token, log-probability) in the order of argmax: by logit, which rounding makes no new ties of, then by id."""
+    order = sorted(range(len(ids)), key=lambda i: (-logits[i], ids[i]))
+    return [(ids[i], logprobs[i]) for i in order]
 
 
 def replay(
@@ -107,13 +154,18 @@ def replay(
     *,
     batch_size: int | None,
     sketcher: Sketcher,
+    chunk: int | None = None,
 ) -> None:
-    """Force the continuations through the decode loop; the logits of every step go to ``sketcher``."""
+    """Force the continuations through the decode loop; the logits of every step go to ``sketcher``.
+
+    ``chunk`` feeds the prompts in pieces of that many tokens through the KV cache (chunked prefill).
+    """
     for batch in plan_batches([len(request.prompt_ids) for request in requests], batch_size):
         collector = _Collector(
             sketcher, batch, [len(requests[i].prompt_ids) for i in batch], [continuations[i] for i in batch]
         )
-        _decode(decoder, [requests[i] for i in batch], [continuations[i] for i in batch], frozenset(), collector.take)
+        forced = [continuations[i] for i in batch]
+        _decode(decoder, [requests[i] for i in batch], forced, frozenset(), collector.take, chunk)
         collector.flush()
 
 
@@ -159,6 +211,7 @@ def _decode(
     forced: Sequence[Sequence[int]] | None,
     stop_ids: frozenset[int],
     observe: Callable[[int, torch.Tensor], None],
+    chunk: int | None,
 ) -> list[Generation]:
     """The loop of both free and forced runs: prefill the prompts, then one token a step.
 
@@ -172,7 +225,8 @@ def _decode(
     cache = decoder.new_cache(len(requests), ids_BS.shape[1] + steps)
     tokens: list[list[int]] = [[] for _ in requests]
     finished = [False] * len(requests)
-    input_BT, position_BT = ids_BS, positions(mask_BS)
+    start = _feed(decoder, ids_BS, mask_BS, cache, chunk) if chunk and steps else 0
+    input_BT, position_BT = ids_BS[:, start:], positions(mask_BS)[:, start:]
     for step in range(steps):
         logits_BV = decoder.step(input_BT, position_BT, mask_BS, cache, 1)[:, -1]
         observe(step, logits_BV)
@@ -198,6 +252,16 @@ def _decode(
         Generation(tokens=tuple(row), finish="eos" if done else "length")
         for row, done in zip(tokens, finished, strict=True)
     ]
+
+
+def _feed(decoder: Decoder, ids_BS: torch.Tensor, mask_BS: torch.Tensor, cache: Any, chunk: int) -> int:
+    """Feed all chunks of the prompts but the last through the cache; returns the column where the last one starts."""
+    position_BS = positions(mask_BS)
+    last = (ids_BS.shape[1] - 1) // chunk * chunk
+    for start in range(0, last, chunk):
+        cut = slice(start, start + chunk)
+        decoder.step(ids_BS[:, cut], position_BS[:, cut], mask_BS[:, : cut.stop], cache, 1)
+    return last
 
 
 def teacher_forced(

@@ -43,10 +43,14 @@ def _lift(value: Any) -> Any:
 
 
 class Audit(TorchDispatchMode):
-    """Watches every dispatched operation; ``violations`` name those that made a float below 64 bits."""
+    """Watches every dispatched operation; ``violations`` name those that made a float of the ``narrow`` dtypes.
 
-    def __init__(self) -> None:
+    These are all below 64 bits by default.
+    """
+
+    def __init__(self, narrow: tuple[torch.dtype, ...] = _NARROW) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._narrow = narrow
         self.operations = 0
         self.violations: list[str] = []
 
@@ -58,6 +62,6 @@ class Audit(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         self.operations += 1
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype in _NARROW and leaf.numel():
+            if isinstance(leaf, torch.Tensor) and leaf.dtype in self._narrow and leaf.numel():
                 self.violations.append(f"{func} makes {str(leaf.dtype).removeprefix('torch.')}")
         return result

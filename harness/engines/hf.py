@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,8 @@ from harness.engines import decoding, hooks, spec
 from harness.engines.base import Engine
 from harness.environment import Quiet, thread_count, versions
 from harness.errors import EngineError, ModelError, UsageError
+from harness.numerics import quantise
+from harness.numerics.constants import TOP
 from harness.numerics.sketch import Sketcher
 from harness.values import NOT_USED, Generation, Request, Suite
 
@@ -33,15 +35,32 @@ _LOGITS_BYTES = 2**31
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+#: What an engine shows, by its option ``show``: a served model shows less of itself.
+_SHOWN: Mapping[str, frozenset[str]] = {
+    "logits": frozenset({"tokens", "logits", "replay", "modules", "upcast", "batch", "deterministic"}),
+    "top": frozenset({"tokens", "top_logprobs", "batch", "deterministic"}),
+    "tokens": frozenset({"tokens", "batch", "deterministic"}),
+}
+
+
+def _quantiser(text: str) -> str:
+    """A reader for the name of a quantiser."""
+    quantise.parse(text)
+    return text
+
+
 #: The keys of `hf:...`, each with what reads its value.
 READERS: Mapping[str, Callable[[str], Any]] = {
     "model": str,
     "dtype": spec.one_of(*DTYPES),
-    "weights": spec.one_of("float32", "bfloat16", "float16"),
+    "weights": spec.one_of("float32", "bfloat16", "float16", *quantise.SCHEMES),
+    "quantised": _quantiser,
     "attn": spec.one_of("eager", "sdpa"),
     "static_cache": spec.flag,
     "compile": spec.flag,
     "batch": spec.positive,
+    "chunk": spec.positive,
+    "show": spec.one_of(*_SHOWN),
     "threads": spec.positive,
     "device": str,
     "trust_remote_code": spec.flag,
@@ -53,17 +72,23 @@ class Options:
     """What `hf:key=value,...` sets.
 
     ``dtype`` None is the checkpoint's own. ``weights`` rounds the weights to a dtype first and then computes
-    in ``dtype``: with float64 this is the centre R_D of numerics.md 2.2. ``batch`` overrides every run's size.
-    ``device`` None is the CPU for a model that is loaded, and wherever it is for a live one.
+    in ``dtype``: with float64 this is the centre R_D of numerics.md 2.2. With a name of quantise.SCHEMES the weights
+    of the blocks are quantised and dequantised instead. ``quantised`` only declares how the checkpoint was made, and
+    changes nothing. ``batch`` overrides every run's size. ``chunk`` feeds prompts in pieces of that many tokens
+    through the KV cache. ``show`` hides what a served model would hide. ``device`` None is the CPU for a model that
+    is loaded, and wherever it is for a live one.
     """
 
     model: str | None = None
     dtype: str | None = None
     weights: str | None = None
+    quantised: str | None = None
     attn: str | None = None
     static_cache: bool = False
     compile: bool = False
     batch: int | None = None
+    chunk: int | None = None
+    show: str = "logits"
     threads: int | None = None
     device: str | None = None
     trust_remote_code: bool = False
@@ -84,11 +109,13 @@ class HFEngine(Engine):
         # A model that is loaded goes to the CPU where nothing else is said; a live one is where it is.
         device = options.device if model is not None else options.device or "cpu"
         self.declared = _declared(options, device)
-        self.capabilities = frozenset({"tokens", "logits", "replay", "modules", "upcast", "batch", "deterministic"})
+        self.capabilities = _SHOWN[options.show]
         self._given = model
         self._model: PreTrainedModel | None = None
         self._stack = ExitStack()
         self._cache_class = NOT_USED
+        self._chunk: int | str | None = None
+        self._weights: str | None = None
         self._missing: tuple[str, ...] = ()
         self._tokenizer: Any = None
         self._identity: checkpoint.Identity | None = None
@@ -114,6 +141,7 @@ class HFEngine(Engine):
         else:
             self._model = self._load()
         self._cache_class = NOT_USED
+        self._chunk = None if self.options.chunk is None else NOT_USED
         if self._model.device.type != "cpu":
             # Kernels with atomic sums, and split-K by load: only the CPU promises the same bits.
             self.capabilities -= {"deterministic"}
@@ -122,6 +150,8 @@ class HFEngine(Engine):
         if self.options.compile:
             import torch._dynamo
 
+            # Graphs left by another engine (the one that this is a copy of) would be taken, and nothing counted.
+            torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
             self._stack.callback(torch._dynamo.reset)
             self._forward = torch.compile(self._model, dynamic=True)
@@ -146,10 +176,41 @@ class HFEngine(Engine):
         if source is None:
             raise UsageError(f"the spec {self.spec!r} names no model", fix="Add model=DIR, or pass --model DIR")
         config = load_config(source, trust_remote_code=self.options.trust_remote_code)
-        if self.options.dtype != "float64":
-            loaded = self._from_pretrained(source, self.options.weights or self.options.dtype)
-            return self._place(loaded if self.options.weights is None else _recast(loaded, self.options.dtype))
-        return self._place(to_float64(self._from_pretrained(source, self.options.weights), config))
+        weights, dtype = self.options.weights, self.options.dtype
+        self._weights = weights
+        if weights is not None and weights in quantise.SCHEMES:
+            model = self._quantised(source, weights)
+        elif weights is not None and dtype not in (None, "float64"):
+            model = self._rounded(source, weights, dtype)
+        else:
+            model = self._from_pretrained(source, weights or (None if dtype == "float64" else dtype))
+        return self._place(to_float64(model, config) if dtype == "float64" else model)
+
+    def _rounded(self, source: str, weights: str, dtype: str | None) -> PreTrainedModel:
+        """What loading in ``dtype`` gives (tables beside the weights too), with weights that were rounded before."""
+        rounded, model = self._from_pretrained(source, weights), self._from_pretrained(source, dtype)
+        for place, weight in zip(model.parameters(), rounded.parameters(), strict=True):
+            place.data = weight.data.to(place.dtype)
+        return model
+
+    def _quantised(self, source: str, scheme: str) -> PreTrainedModel:
+        """What loading in ``dtype`` gives, the weights of its blocks quantised from the checkpoint's own.
+
+        For float64 they stay in float32, and the rest in the checkpoint's own dtype.
+        """
+        dtype = self.options.dtype
+        native = model = self._from_pretrained(source, None)
+        if dtype not in (None, "float64", str(native.dtype).removeprefix("torch.")):
+            model = self._from_pretrained(source, dtype)
+        changed = 0
+        for name, layer, input_dim in block_layers(native):
+            weight = quantise.dequantised(layer.get_parameter("weight"), scheme, input_dim=input_dim)
+            place = model.get_parameter(f"{name}.weight")
+            place.data = weight if dtype == "float64" else weight.to(place.dtype)
+            changed += 1
+        # Where there was nothing to quantise the name promises what does not run, and the settings say so.
+        self._weights = scheme if changed else None
+        return model
 
     def _from_pretrained(self, source: str, dtype: str | None) -> PreTrainedModel:
         import torch
@@ -212,21 +273,20 @@ class HFEngine(Engine):
     def settings(self) -> Mapping[str, Any]:
         import torch
 
-        model = self.model
+        model, identity = self.model, self.identity
         parameters = list(model.parameters())
-        # Read when first asked for: recording opens a dozen engines, and asks none of them.
-        if self._identity is None and self._given is None and self.directory is not None:
-            self._identity = checkpoint.identify(self.directory)
-        identity = self._identity
         return {
             "engine": "hf",
             "model": type(model).__name__,
             "dtype": _common(str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()),
             "buffers": _common(str(b.dtype).removeprefix("torch.") for b in model.buffers() if b.is_floating_point()),
+            "weights": self._weights,
+            "quantised": self.options.quantised,
             "attn": getattr(model.config, "_attn_implementation", "unknown"),
             "cache": self._cache_class,
             "compile": bool(self.options.compile and torch._dynamo.utils.counters["stats"]["unique_graphs"]),
             "batch": self.options.batch,
+            "chunk": self._chunk,
             "threads": torch.get_num_threads(),
             "device": _common(p.device.type for p in parameters),
             "parameters": sum(p.numel() for p in parameters),
@@ -235,6 +295,16 @@ class HFEngine(Engine):
             "signature": None if identity is None else identity.signature,
             "versions": versions(),
         }
+
+    @property
+    def identity(self) -> checkpoint.Identity | None:
+        """Of the checkpoint that was loaded, None for a live model.
+
+        Read when first asked for: recording opens a dozen engines, and asks none of them.
+        """
+        if self._identity is None and self._given is None and self.directory is not None:
+            self._identity = checkpoint.identify(self.directory)
+        return self._identity
 
     def tokenize(self, suite: Suite) -> tuple[Request, ...] | None:
         return None if self.tokenizer is None else self.resolve(suite)
@@ -274,7 +344,14 @@ class HFEngine(Engine):
     def generate(
         self, requests: Sequence[Request], *, batch_size: int | None, stop_ids: frozenset[int]
     ) -> list[Generation]:
-        return decoding.greedy(self.decoder, requests, batch_size=self._batch(batch_size), stop_ids=stop_ids)
+        return decoding.greedy(
+            self.decoder,
+            requests,
+            batch_size=self._batch(batch_size),
+            stop_ids=stop_ids,
+            chunk=self._chunk_of(len(request.prompt_ids) for request in requests),
+            top=TOP if self.options.show == "top" else 0,
+        )
 
     def replay(
         self,
@@ -284,8 +361,10 @@ class HFEngine(Engine):
         batch_size: int | None,
         sketcher: Sketcher,
     ) -> None:
+        self._need("replay")
         size = self._batch(batch_size)
-        decoding.replay(self.decoder, requests, continuations, batch_size=size, sketcher=sketcher)
+        chunk = self._chunk_of(len(request.prompt_ids) for request in requests)
+        decoding.replay(self.decoder, requests, continuations, batch_size=size, sketcher=sketcher, chunk=chunk)
 
     def prefill(
         self,
@@ -296,7 +375,11 @@ class HFEngine(Engine):
         sketcher: Sketcher,
         chunk: int | None = None,
     ) -> None:
+        self._need("logits")
         size = self._batch(batch_size)
+        if chunk is None:
+            pairs = zip(requests, continuations, strict=True)
+            chunk = self._chunk_of(len(request.prompt_ids) + len(tokens) - 1 for request, tokens in pairs)
         decoding.teacher_forced(self.decoder, requests, continuations, batch_size=size, sketcher=sketcher, chunk=chunk)
 
     def module_outputs(
@@ -307,6 +390,7 @@ class HFEngine(Engine):
         Returns:
             For each name one tensor a request, [tokens, width], in the dtype the module computes in.
         """
+        self._need("modules")
         names = hooks.block_names(self.model) if names is None else names
         found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
@@ -320,13 +404,45 @@ class HFEngine(Engine):
         return found
 
     def upcast(self) -> HFEngine:
-        """A copy as loaded, its weights *and buffers* then widened to float32 as they are.
+        """A copy as loaded, its weights *and buffers* then widened to float32 as they are; one in float64 stays so.
 
-        Nothing is reloaded: a buffer that the candidate rounded to 16 bits stays rounded, and visible.
+        Nothing is reloaded, rounded or quantised again: a buffer that the candidate rounded to 16 bits stays rounded,
+        and visible. Its settings are those of this engine but for the dtype.
         """
-        wide = _recast(copy.deepcopy(self.model), "float32")
-        options = replace(self.options, dtype="float32", weights=None)
-        return HFEngine(options, text=f"{self.spec} (upcast to float32)", model=wide)
+        import torch
+
+        self._need("upcast")
+        live, options, dtype = copy.deepcopy(self.model), self.options, "float64"
+        if live.dtype != torch.float64:
+            dtype = "float32"
+            live, options = _recast(live, dtype), replace(options, dtype=dtype)
+        wide = HFEngine(options, text=f"{self.spec} (upcast to {dtype})", model=live)
+        wide.declared = {**self.declared, **wide.declared}
+        wide._weights, wide._missing, wide._identity = self._weights, self._missing, self.identity
+        wide._tokenizer = self.tokenizer
+        return wide
+
+    def narrow_operation(self) -> str:
+        import torch
+
+        from harness.engines.float64 import Audit
+
+        if self.options.compile:
+            return ""  # what is compiled is not dispatched operation by operation
+        with Audit((torch.float16, torch.bfloat16)) as audit:
+            _audited_steps(self)
+        return audit.violations[0] if audit.violations else ""
+
+    def _need(self, capability: str) -> None:
+        if capability not in self.capabilities:
+            problem = f"{self.spec} shows no logits: with show={self.options.show} it can only generate"
+            raise EngineError(problem, fix="Leave show out, or ask for the view generate alone")
+
+    def _chunk_of(self, lengths: Iterable[int]) -> int | None:
+        """The chunk size for sequences of these lengths; it is in force once one of them is longer."""
+        if self.options.chunk is not None and max(lengths, default=0) > self.options.chunk:
+            self._chunk = self.options.chunk
+        return self.options.chunk
 
     def _batch(self, batch_size: int | None) -> int | None:
         return batch_size if self.options.batch is None else self.options.batch
@@ -385,8 +501,10 @@ def from_model(model: PreTrainedModel, *, text: str | None = None) -> HFEngine:
 
 def _declared(options: Options, device: str | None) -> dict[str, Any]:
     """What the spec promises, in the words of `settings`."""
-    declared: dict[str, Any] = {key: getattr(options, key) for key in ("dtype", "attn", "threads", "batch")}
+    declared: dict[str, Any] = {key: getattr(options, key) for key in ("dtype", "attn", "threads", "batch", "chunk")}
     declared["device"] = None if device is None else device.partition(":")[0]
+    if options.weights in quantise.SCHEMES:
+        declared["weights"] = options.weights
     if options.static_cache:
         declared["cache"] = "StaticCache"
     if options.compile:
@@ -521,12 +639,10 @@ def context_length(config: Any) -> int | None:
 # --- precision ---------------------------------------------------------------------------------
 
 
-def _recast(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
+def _recast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """Convert weights and buffers to ``dtype`` in place, tensor by tensor."""
     import torch
 
-    if dtype is None:
-        return model
     wanted = getattr(torch, dtype)
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
@@ -544,6 +660,20 @@ def inexact_tensors(native: PreTrainedModel, dtype: str) -> list[str]:
         for name, parameter in native.named_parameters()
         if parameter.is_floating_point() and not torch.equal(parameter.to(wanted).double(), parameter.double())
     ]
+
+
+def block_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module, int]]:
+    """Name, module and input dimension of each Linear and Conv1D in the blocks; never the embedding or the head."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    seen = {id(module.weight) for module in ends if module is not None}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and name.startswith(blocks) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield name, module, 1 if isinstance(module, nn.Linear) else 0
 
 
 def to_float64(native: PreTrainedModel, config: Any) -> PreTrainedModel:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from harness.engines.base import Engine
 from harness.numerics.sketch import Sketcher
 from harness.values import Pass, Request, Run, Suite, Trace, View
 
 Progress = Callable[[str], None]
+
+#: The capability that each view cannot be shown without.
+_NEEDS: Mapping[View, str] = {"generate": "tokens", "replay": "replay", "prefill": "logits"}
 
 
 def run_suite(
@@ -21,6 +24,7 @@ def run_suite(
     runs: Sequence[Run],
     stop_ids: frozenset[int],
     vocabulary: int,
+    views: tuple[View, ...] | None = None,
     progress: Progress = lambda _text: None,
 ) -> Trace:
     """Do the work of ``runs`` and condense what the engine shows.
@@ -33,20 +37,17 @@ def run_suite(
         runs: the runs to do, all of the suite's or the quick ones.
         stop_ids: ids that end a free run; empty where the suite ignores them.
         vocabulary: columns of the golden.
+        views: only these of the views that the runs ask for; None is all.
         progress: called with a few words before each pass.
 
     Returns:
-        The trace, with one pass for each run, view and visit.
+        The trace, with one pass for each run, view that the engine can show, and visit.
     """
     own = engine.tokenize(suite)
     passes: list[Pass] = []
-    for run in runs:
-        for view in run.views:
-            for repeat, visit in enumerate(visits(run, requests)):
-                progress(f"{run.name}/{view}")
-                passes.append(
-                    _one_pass(engine, run, view, repeat, visit, requests, continuations, stop_ids, vocabulary)
-                )
+    for run, view, repeat, visit in planned(runs, requests, engine.capabilities, views):
+        progress(f"{run.name}/{view}")
+        passes.append(_one_pass(engine, run, view, repeat, visit, requests, continuations, stop_ids, vocabulary))
     return Trace(
         engine=engine.spec,
         declared=dict(engine.declared),
@@ -57,6 +58,36 @@ def run_suite(
         prompt_ids=None if own is None else tuple(request.prompt_ids for request in own),
         passes=tuple(passes),
     )
+
+
+def views_of(run: Run, capabilities: frozenset[str]) -> tuple[View, ...]:
+    """The run's views that an engine of these capabilities can show.
+
+    Where it can show none of them but has tokens, these are better than nothing: a free run.
+    """
+    able = tuple(view for view in run.views if _NEEDS[view] in capabilities)
+    return able or (("generate",) if "tokens" in capabilities else ())
+
+
+def planned(
+    runs: Sequence[Run],
+    requests: Sequence[Request],
+    capabilities: frozenset[str],
+    views: tuple[View, ...] | None = None,
+) -> Iterator[tuple[Run, View, int, tuple[int, ...]]]:
+    """Run, view, number of the visit and the requests it covers, of every pass that is asked for, in order.
+
+    Args:
+        runs: the runs to do.
+        requests: the prompts as the golden resolved them.
+        capabilities: what the engine can show.
+        views: only these views; None is all.
+    """
+    for run in runs:
+        for view in views_of(run, capabilities):
+            if views is None or view in views:
+                for repeat, visit in enumerate(visits(run, requests)):
+                    yield run, view, repeat, visit
 
 
 def visits(run: Run, requests: Sequence[Request]) -> Iterator[tuple[int, ...]]:

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 #: Family-wise false-alarm rate of one verdict (numerics 2.5). A choice, not a measurement.
 ALPHA = 1e-3
 
-#: How ALPHA is split (numerics 2.5b): half for the pooled statistics, a quarter for the groups
-#: (prompts, position buckets), an eighth for tokens. The last eighth is kept for templates (2.9).
+#: How ALPHA is split (numerics 2.5b): half for the pooled statistics, a quarter for the groups (passes, prompts,
+#: position buckets, worst positions), an eighth for tokens, an eighth for directions (weight quantisers, templates).
 ALPHA_POOLED = ALPHA / 2
 ALPHA_GROUPS = ALPHA / 4
 ALPHA_TOKENS = ALPHA / 8
+ALPHA_DIRECTIONS = ALPHA / 8
 
 #: Effect size below which a significant deviation is `drift` (numerics 2.5c). A correct
 #: tensor-parallel run with partial sums in 16 bits measured 1.36 times the round-off of the plain
@@ -26,13 +27,47 @@ EFFECT: Mapping[str, float] = {"float32": 3.0, "bfloat16": 1.5, "float16": 1.5}
 #: Replicas drawn for a floor (numerics 2.3).
 REPLICAS = 24
 
-#: Fewer effective replicas than this cannot carry a Student t bound (numerics 2.3): the tail is then
-#: decided by the few draws that happen to differ, and only the effect size speaks.
-MIN_EFFECTIVE = 12.0
+#: Scatter of each statistic between families of correct implementations, beyond what replicas of one have (numerics
+#: 2.5a): precision -> statistic -> (largest over families, the family that has it, largest of the others). Each is the
+#: root of mean((value - centre)^2) - mean(own^2), and one standard error of it, over hosts and prompt groups. Printed
+#: by `harness power --spreads --groups 2`. The third number is what the null bench judges that family by: no family
+#: sets its own limit.
+SPREADS: Mapping[str, Mapping[str, tuple[float, str, float]]] = {
+    "bfloat16": {
+        "constant shift": (0.19, "ranks", 0.147),
+        "direction int4": (0.0242, "ranks", 0.0225),
+        "direction int8": (0.0233, "compiled", 0.0185),
+        "entropy": (0.0077, "plain", 0.0077),
+        "error": (0.0635, "plain", 0.0635),
+        "gain": (0.0255, "norms-stepwise", 0.0249),
+        "log p": (0.0623, "norms-stepwise", 0.054),
+        "margin": (0.0748, "plain", 0.0748),
+    },
+    "float16": {
+        "constant shift": (0.162, "plain", 0.162),
+        "direction int4": (0.0136, "plain", 0.0136),
+        "direction int8": (0.0186, "attention", 0.0166),
+        "entropy": (0.00982, "batch-1", 0.00936),
+        "error": (0.0655, "norms-stepwise", 0.0605),
+        "gain": (0.0246, "ranks", 0.0161),
+        "log p": (0.0546, "ranks", 0.0399),
+        "margin": (0.0751, "plain", 0.0751),
+    },
+    "float32": {
+        "constant shift": (0.155, "compiled", 0.138),
+        "direction int4": (0.0278, "compiled", 0.0228),
+        "direction int8": (0.036, "compiled", 0.0339),
+        "entropy": (0.01, "ranks", 0.00895),
+        "error": (0.164, "threads-2", 0.162),
+        "gain": (0.0152, "norms-once", 0.0146),
+        "log p": (0.0498, "compiled", 0.0293),
+        "margin": (0.0997, "ranks", 0.0729),
+    },
+}
 
-#: Smallest spread of a log rms between correct implementations (numerics 2.5a): measured over draws
-#: 0.10 on a BLOOM, 0.16 on a Llama. The larger, since a too small spread is a false alarm.
-SPREAD_FLOOR = 0.16
+#: Scatter of a statistic that SPREADS does not name: numerics 2.5a measured 0.10 to 0.16 for a log rms over
+#: draws, and the larger is taken, since a too small spread is a false alarm.
+SPREAD_DEFAULT = 0.16
 
 #: A row's round-off is at least this share of the median row's (numerics 2.2): with K replicas a
 #: row can come out near zero by chance, which would turn harmless noise there into an outlier.
@@ -48,6 +83,38 @@ PAIR_TOP = 5
 #: Multiple of a step's noise beyond which a step counts as decidable in tables about models, where
 #: no number of tokens is given: sqrt(2 ln(N / alpha)) at N = 3,072, alpha = 1e-3 (numerics 2.6).
 COVERAGE_C = 5.5
+
+#: Largest value that one step adds to the mean clipped margin (T3), in units of noise: beyond COVERAGE_C a step
+#: is T1's business, and one outlier should not decide the mean.
+DEFICIT_CLIP = COVERAGE_C
+
+#: Below this share of decidable steps a test of tokens alone says nothing (numerics 2.6).
+MIN_COVERAGE = 0.8
+
+#: Probability with which the smallest error that a verdict names would have failed it. A choice of the report.
+CATCH = 0.99
+
+#: A check that would let pass an error of this many times round-off is `unmeasured`: the precisions differ by
+#: 8 (fp16 to bf16) and more from one to the next, so it could not tell two of them apart.
+MAX_SMALLEST = 8.0
+
+#: Degrees of freedom of the prior of a moderated spread where the units show no variation of their own: from
+#: here on Student's t is the normal distribution to 1 % at every rate used (t/z at 1e-7: 1.012).
+LARGEST_PRIOR = 600.0
+
+#: A direction (a weight quantiser, a template) is named when its fitted coefficient lies between these
+#: (numerics 2.9 and the status `deviates` of DESIGN.md): a bug that is there gives about 1.
+COEFFICIENT = (0.5, 2.0)
+
+#: A direction that is named accounts for at least this share of what the error has beyond round-off, as a variance: a
+#: gross error has a part along every direction, and half of it is more than chance or kinship gives
+#: (templates of different bugs have cosines up to 0.43, numerics 2.9, which is 0.18 of the variance).
+EXPLAINED = 0.5
+
+#: A candidate of an unknown quantiser passes up to this multiple of the divergence of plain round-to-nearest at the
+#: same bits a group, and below the second it is not quantised as declared (numerics 2.7).
+QUANTISER_WORST = 1.2
+QUANTISER_BEST = 0.2
 
 #: Highest logits kept per generated step (numerics 3).
 TOP = 20

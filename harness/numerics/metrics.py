@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.numerics.constants import BUCKETS, PAIR_FLOOR, SIGMA_FLOOR
+from harness.values import Rows
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -26,34 +27,6 @@ def row_sigma(norms: Float64) -> Float64:
     """Root mean square over replicas of the error lengths [K, N], with the floor of numerics 2.2, [N]."""
     sigma: Float64 = np.sqrt(np.mean(norms**2, axis=0))
     return np.maximum(sigma, SIGMA_FLOOR * np.median(sigma)) if len(sigma) else sigma
-
-
-def log_rms(ratios: Float64, units: NDArray[np.integer], count: int) -> Float64:
-    """S1 per unit: half the log of the mean squared ratio, [U]; -inf for a unit without rows.
-
-    ``ratios`` [N] are error lengths over sigma; ``units`` [N] name each row's unit.
-    """
-    total = np.bincount(units, weights=ratios**2, minlength=count)
-    rows = np.bincount(units, minlength=count)
-    return _log(np.sqrt(total / np.maximum(rows, 1)))
-
-
-def log_max(ratios: Float64, units: NDArray[np.integer], count: int) -> Float64:
-    """S2 per unit: log of the largest ratio, [U]."""
-    largest = np.zeros(count)
-    np.maximum.at(largest, units, ratios)
-    return _log(largest)
-
-
-def _log(values: Float64) -> Float64:
-    with np.errstate(divide="ignore"):
-        return np.log(values)
-
-
-def pooled(log_values: Float64, rows: NDArray[np.integer]) -> Float64:
-    """S1 of all rows from S1 per unit [..., U] and rows per unit [U], [...]."""
-    mean_square = np.exp(2 * log_values) @ rows / max(1, rows.sum())
-    return 0.5 * _log(mean_square)
 
 
 def position_buckets(position: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -132,3 +105,23 @@ def deficit(top_ids: NDArray[np.int32], top_logits: Float32, token: NDArray[np.i
     hit = top_ids == token[:, None]
     logit = np.where(hit.any(axis=1), (wide * hit).sum(axis=1), wide[:, -1])
     return wide[:, 0] - logit
+
+
+def coarse_divergence(reference: Rows, rows: Rows, place: NDArray[np.int64]) -> Float64:
+    """KL(reference || rows) in nats over the reference's top entries and one cell for all the rest, [g].
+
+    For the generated rows of ``rows``; ``place`` are their places (and those of all others) in the reference.
+    Merging cells loses some of the divergence and never adds to it; an entry that ``rows`` does not show counts
+    with the last one shown, which loses more.
+    """
+    step = np.where(reference.generated, np.cumsum(reference.generated) - 1, -1)[place[rows.generated]]
+    ids = reference.top_ids[step]
+    own = reference.top_logits[step].astype(np.float64) - reference.logsumexp[place[rows.generated], None]
+    shown = logits_at(ids, rows.top_ids, rows.top_logits)
+    shown = np.where(np.isnan(shown), rows.top_logits[:, -1:].astype(np.float64), shown)
+    theirs = shown - rows.logsumexp[rows.generated, None]
+    tiny = np.finfo(np.float64).eps
+    p, q = np.exp(own), np.exp(theirs)
+    rest_p, rest_q = np.maximum(1 - p.sum(axis=1), tiny), np.maximum(1 - q.sum(axis=1), tiny)
+    divergence: Float64 = (p * (own - theirs)).sum(axis=1) + rest_p * np.log(rest_p / rest_q)
+    return np.maximum(divergence, 0.0)

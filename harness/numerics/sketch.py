@@ -92,14 +92,16 @@ class Sketcher:
         generated_N = torch.from_numpy(generated).to(logits_NV.device)
         top = known_NV[generated_N].topk(min(TOP, self.vocabulary), dim=-1)
         inside_N = next_ids_N.clamp(max=self.vocabulary - 1)
+        logsumexp_N = known_NV.logsumexp(dim=-1)
         return Rows(
             request=request,
             position=position,
             generated=generated,
             argmax=_array(logits_NV.argmax(dim=-1), np.int32),
             nonfinite=_array((~torch.isfinite(known_NV)).sum(dim=-1), np.int32),
-            logsumexp=_array(known_NV.logsumexp(dim=-1), np.float32),
-            token_logit=_array(known_NV.gather(1, inside_N[:, None])[:, 0], np.float32),
+            logsumexp=_array(logsumexp_N, np.float32),
+            logp=_array(known_NV.gather(1, inside_N[:, None])[:, 0] - logsumexp_N, np.float32),
+            entropy=_array(_entropy(known_NV, logsumexp_N), np.float32),
             projections=_array(known_NV @ matrix_VJ, np.float32),
             top_ids=_array(top.indices, np.int32),
             top_logits=_array(top.values, np.float32),
@@ -129,6 +131,15 @@ class Sketcher:
         return sort_rows(replace(rows, request=np.asarray(requests, dtype=np.int32)[rows.request]))
 
 
+def _entropy(logits_NV: torch.Tensor, logsumexp_N: torch.Tensor) -> torch.Tensor:
+    """Entropy of the softmax, [N]: logsumexp less the mean logit; a masked column (-inf) adds nothing."""
+    import torch
+
+    weight_NV = (logits_NV - logsumexp_N[:, None]).exp()
+    term_NV = weight_NV * logits_NV
+    return logsumexp_N - torch.where(weight_NV == 0, torch.zeros_like(term_NV), term_NV).sum(dim=-1)
+
+
 def _array(tensor: torch.Tensor, dtype: type[np.generic]) -> NDArray[Any]:
     return tensor.detach().cpu().numpy().astype(dtype)
 
@@ -139,7 +150,7 @@ def empty_rows(vocabulary: int) -> Rows:
     top = min(TOP, vocabulary)
     return Rows(
         request=integers, position=integers, generated=np.zeros(0, dtype=np.bool_), argmax=integers,
-        nonfinite=integers, logsumexp=floats, token_logit=floats,
+        nonfinite=integers, logsumexp=floats, logp=floats, entropy=floats,
         projections=np.zeros((0, PROJECTIONS), dtype=np.float32),
         top_ids=np.zeros((0, top), dtype=np.int32), top_logits=np.zeros((0, top), dtype=np.float32),
         fingerprint=np.zeros(0, dtype=np.int64),
@@ -165,7 +176,7 @@ def select_rows(rows: Rows, keep: NDArray[np.bool_] | NDArray[np.int64]) -> Rows
 
 
 _PER_ROW = (
-    "request", "position", "generated", "argmax", "nonfinite", "logsumexp", "token_logit", "projections",
+    "request", "position", "generated", "argmax", "nonfinite", "logsumexp", "logp", "entropy", "projections",
 )  # fmt: skip
 _PER_GENERATED = ("top_ids", "top_logits", "fingerprint")
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from harness.values import Finding, PassSummary, Power, Verdict
+from harness.values import Answer, Finding, PassSummary, Power, Statistic, Verdict
 
 #: Raised when a key changes its meaning or goes away.
-VERSION = 1
+VERSION = 2
 
 
 def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
@@ -23,15 +23,23 @@ def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
             "ok": verdict.ok,
             "exit_code": verdict.status.exit_code,
             "findings": [_fields(finding, Finding.__slots__) for finding in verdict.findings],
-            "power": None
-            if verdict.power is None
-            else {**_fields(verdict.power, Power.__slots__), "coverage": verdict.power.coverage},
+            "answers": [_answer(one) for one in verdict.answers],
+            "power": _power(verdict.power),
+            "statistics": [_fields(one, Statistic.__slots__) for one in verdict.statistics],
             "passes": [_fields(one, PassSummary.__slots__) for one in verdict.passes],
             "settings": verdict.settings,
             "seconds": round(verdict.seconds, 3),
         }
     )
     return plain
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {**_fields(answer, Answer.__slots__), "power": _power(answer.power)}
+
+
+def _power(power: Power | None) -> dict[str, Any] | None:
+    return None if power is None else {**_fields(power, Power.__slots__), "coverage": power.coverage}
 
 
 def _fields(value: object, names: tuple[str, ...]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.values import Finding, PassSummary, Verdict
+from harness.values import Answer, Finding, PassSummary, Status, Verdict
 
 _STYLES = {"identical": "green", "drift": "green", "unmeasured": "yellow", "stale": "yellow"}
 
@@ -20,9 +20,38 @@ def verdict_to_text(verdict: Verdict) -> str:
     shown = verdict.failures if not verdict.ok else verdict.findings
     for finding, others in _worst_of_each_kind(shown):
         lines += _finding(finding, others)
-    if verdict.power is not None and (not verdict.ok or verdict.power.unmeasured):
-        lines += [f"  not seen: {reason}" for reason in verdict.power.unmeasured]
+    if verdict.answers and not verdict.ok:
+        lines += [f"  {line}" for line in _meaning(verdict)]
+    unmeasured = [reason for one in verdict.answers if one.power is not None for reason in one.power.unmeasured]
+    lines += [f"  not seen: {reason}" for reason in dict.fromkeys(unmeasured)]
     return "\n".join(lines)
+
+
+def _meaning(verdict: Verdict) -> list[str]:
+    """What it means which of the two questions failed."""
+    by_question = {answer.question: answer.status for answer in verdict.answers}
+    lines = [f"{_ASKED[answer.question]} {_said(answer)}" for answer in verdict.answers]
+    function, precision = by_question.get("function"), by_question.get("precision")
+    if function is None or precision is None or Status.UNMEASURED in (function, precision):
+        return lines
+    if function.ok and not precision.ok:
+        lines.append(
+            "meaning: the weights and the function are right, the path in the declared precision is not: "
+            "a kernel, a mask value, an overflow, an accumulation or a missing upcast"
+        )
+    elif function is Status.DEVIATES and precision.ok:
+        lines.append("meaning: the function is wrong, by less than round-off in the declared precision can show")
+    return lines
+
+
+_ASKED = {"function": "same function (float32 copy):", "precision": "error within its precision (as shipped):"}
+
+
+def _said(answer: Answer) -> str:
+    seen = answer.power.smallest if answer.power is not None else None
+    could = "" if seen is None else f"; an error of {seen:.2g} x round-off would have been caught"
+    looks = f"; its error looks like {answer.effective}" if answer.effective else ""
+    return f"{answer.status.value}{could}{looks}"
 
 
 def summary(verdict: Verdict) -> str:
@@ -33,11 +62,22 @@ def summary(verdict: Verdict) -> str:
     parts = []
     worst = worst_pass(verdict)
     if worst is not None:
-        parts.append(f"error {worst.ratio:.2f} x round-off in {power.precision} (fails from {worst.limit:.2f})")
+        precision = _precision(verdict, worst)
+        parts.append(f"error {worst.ratio:.2f} x round-off in {precision} (fails from {worst.limit:.2f})")
     parts.append(token_words(verdict))
     if power.steps:
         parts.append(f"{power.coverage:.1%} of {power.steps} steps decidable")
+    if power.smallest is not None:
+        parts.append(f"a bug of {power.smallest:.2g} x round-off would show")
+    if power.level != "logits":
+        parts.append(f"judged by {power.level}")
     return ", ".join(parts)
+
+
+def _precision(verdict: Verdict, one: PassSummary) -> str:
+    powers = {answer.question: answer.power for answer in verdict.answers}
+    power = powers.get(one.question)
+    return "?" if power is None else power.precision
 
 
 def worst_pass(verdict: Verdict) -> PassSummary | None:
@@ -48,16 +88,18 @@ def worst_pass(verdict: Verdict) -> PassSummary | None:
 
 def token_words(verdict: Verdict) -> str:
     """Differing tokens of the passes that show them on the golden's prefix, else of the free runs."""
-    forced = [one for one in verdict.passes if one.view != "generate"] or list(verdict.passes)
+    # The run as shipped is what users get; its float32 copy is for the other question.
+    shipped = [one for one in verdict.passes if one.question == "precision"] or list(verdict.passes)
+    forced = [one for one in shipped if one.view != "generate"] or shipped
     flips, steps = sum(one.flips for one in forced), sum(one.steps for one in forced)
     return f"{flips} of {steps} tokens differ"
 
 
 def _worst_of_each_kind(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
-    """For each (status, check) the finding furthest beyond its bound, and how many more of the kind there are."""
-    kinds: dict[tuple[str, str], list[Finding]] = {}
+    """For each (question, status, check) the finding furthest beyond its bound, and how many more there are."""
+    kinds: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        kinds.setdefault((finding.status.value, finding.check), []).append(finding)
+        kinds.setdefault((finding.question, finding.status.value, finding.check), []).append(finding)
     return [(max(kind, key=_severity), len(kind) - 1) for kind in kinds.values()]
 
 
@@ -66,7 +108,7 @@ def _severity(finding: Finding) -> float:
 
 
 def _finding(finding: Finding, others: int) -> list[str]:
-    lines = [f"  {finding.status.value}: {finding.check}: {finding.message}"]
+    lines = [f"  {finding.status.value} ({finding.question}): {finding.check}: {finding.message}"]
     if finding.where:
         beside = f" ({others} more such findings; --json has all)" if others else ""
         lines.append(f"    worst at {finding.where}{beside}")

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -101,8 +102,9 @@ def assert_rows(rows, requests, continuations, *, prompts_too):
     logits_NV = torch.stack([*shown, torch.zeros(VOCABULARY)])[:-1].numpy()
     following = np.array([sequence[place] for _, place, _, sequence in expected], dtype=np.int64)
     assert (rows.argmax == logits_NV.argmax(axis=1)).all()
-    assert (rows.token_logit == logits_NV[np.arange(len(rows)), following].astype(np.float32)).all()
-    assert rows.logsumexp == pytest.approx(np.log(np.exp(logits_NV).sum(axis=1)), rel=1e-6)
+    logsumexp = np.log(np.exp(logits_NV).sum(axis=1))
+    assert rows.logsumexp == pytest.approx(logsumexp, rel=1e-6)
+    assert rows.logp == pytest.approx(logits_NV[np.arange(len(rows)), following] - logsumexp, rel=1e-6, abs=1e-6)
     assert (rows.top_ids[:, 0] == rows.argmax[rows.generated]).all()
 
 
@@ -217,6 +219,96 @@ def test_a_batch_gives_what_each_request_gives_alone(requests, batch_size, stop_
     assert found == [greedy_by_hand(each, stop_ids) for each in requests]
 
 
+@given(requests=_REQUESTS, batch_size=_SIZES, chunk=st.integers(1, 8))
+@settings(deadline=None, max_examples=40)
+def test_chunks_change_no_free_run(requests, batch_size, chunk):
+    """Prompts fed in chunks of any size, padding among them, give the tokens of a whole prefill."""
+    decoder = HandModel().decoder()
+    found = decoding.greedy(decoder, requests, batch_size=batch_size, stop_ids=frozenset(), chunk=chunk)
+    assert found == [greedy_by_hand(each, frozenset()) for each in requests]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "widths"), [(None, [7]), (3, [3, 3, 1]), (6, [6, 1]), (7, [7]), (8, [7]), (1, [1] * 7)]
+)
+def test_the_decode_loop_feeds_the_chunks_asked_for(chunk, widths):
+    """Free and forced runs feed the prompt in chunks, the last one the rest, and then one token a step."""
+    model = HandModel()
+    asked = [request(1, 2, 3, 4, 5, 6, 7, limit=3), request(1, limit=3)]
+    decoding.greedy(model.decoder(), asked, batch_size=2, stop_ids=frozenset(), chunk=chunk)
+    decoding.replay(model.decoder(), asked, [(5, 6, 7)] * 2, batch_size=2, sketcher=Sketcher(VOCABULARY), chunk=chunk)
+    steps = [((2, width), 1) for width in [*widths, 1, 1]]
+    assert model.calls == [*steps, *steps]
+
+
+def test_nothing_is_fed_where_nothing_is_forced():
+    """A batch of empty continuations costs no step, in chunks or whole."""
+    model = HandModel()
+    for chunk in (None, 2):
+        rows = Sketcher(VOCABULARY)
+        decoding.replay(model.decoder(), [request(1, 2, 3)], [()], batch_size=1, sketcher=rows, chunk=chunk)
+        assert len(rows.rows()) == 0
+    assert model.calls == []
+
+
+# --- top entries -----------------------------------------------------------------------------------
+
+
+@given(requests=_REQUESTS, batch_size=_SIZES, stop_ids=st.frozensets(st.integers(0, VOCABULARY - 1), max_size=6))
+@settings(deadline=None, max_examples=40)
+def test_top_entries_are_those_of_each_step(requests, batch_size, stop_ids):
+    """Each token has the highest log-probabilities of its own step, best first; the tokens are what they were."""
+    found = decoding.greedy(HandModel().decoder(), requests, batch_size=batch_size, stop_ids=stop_ids, top=4)
+    assert [replace(each, top_ids=(), top_logits=()) for each in found] == [
+        greedy_by_hand(each, stop_ids) for each in requests
+    ]
+    for asked, each in zip(requests, found, strict=True):
+        assert len(each.top_ids) == len(each.top_logits) == len(each.tokens)
+        for step, (ids, values) in enumerate(zip(each.top_ids, each.top_logits, strict=True)):
+            logprobs = logits_after([*asked.prompt_ids, *each.tokens[:step]]).log_softmax(dim=-1)
+            assert list(ids) == logprobs.argsort(descending=True)[:4].tolist()
+            assert values == pytest.approx(logprobs[list(ids)].tolist(), rel=1e-5, abs=1e-6)
+            assert ids[0] == each.tokens[step]
+
+
+def constant_decoder(*logits):
+    """A decoder that says the same logits at each step, in float64."""
+
+    def step(input_ids_BT, position_ids_BT, attention_mask_BS, cache, keep):
+        return torch.tensor(logits, dtype=torch.float64).expand(len(input_ids_BT), 1, -1)
+
+    return decoding.Decoder(step=step, new_cache=lambda _batch, _length: [], pad_id=PAD, device="cpu")
+
+
+def best_of(*logits, top):
+    """One step of a decoder that says these logits, with its top entries."""
+    decoder = constant_decoder(*logits)
+    (found,) = decoding.greedy(decoder, [request(1, limit=1)], batch_size=1, stop_ids=frozenset(), top=top)
+    return found
+
+
+def test_the_token_taken_comes_first_among_ties():
+    """Equal logits are put in the order of their ids, as argmax takes them."""
+    found = best_of(1.0, 3.0, 2.0, 3.0, 2.0, 3.0, top=5)
+    assert found.tokens == (1,)
+    assert found.top_ids == ((1, 3, 5, 2, 4),)
+
+
+def test_a_rounded_tie_does_not_hide_the_token_taken():
+    """Float64 logits whose log-probabilities are equal in float32 keep the order of the logits."""
+    found = best_of(0.0, 50.0, 50.0 + 1e-9, top=2)
+    assert found.tokens == (2,)
+    assert found.top_ids == ((2, 1),)
+    assert found.top_logits[0][0] == found.top_logits[0][1]
+
+
+def test_a_small_vocabulary_has_fewer_entries():
+    """Where more entries are asked for than there are columns all are shown, a masked one at -inf."""
+    found = best_of(1.0, -math.inf, 2.0, top=20)
+    assert found.top_ids == ((2, 0, 1),)
+    assert [math.isfinite(value) for value in found.top_logits[0]] == [True, True, False]
+
+
 # --- forced runs -----------------------------------------------------------------------------------
 
 
@@ -228,13 +320,14 @@ def forced(draw):
     return requests, [draw(tokens) for _ in requests]
 
 
-@given(case=forced(), batch_size=_SIZES)
+@given(case=forced(), batch_size=_SIZES, chunk=st.none() | st.integers(1, 8))
 @settings(deadline=None, max_examples=40)
-def test_replay_shows_every_generated_position(case, batch_size):
+def test_replay_shows_every_generated_position(case, batch_size, chunk):
     """Each forced token has one row at its own place, seen on its own prefix, whatever the model would have said."""
     requests, continuations = case
     sketcher = Sketcher(VOCABULARY)
-    decoding.replay(HandModel().decoder(), requests, continuations, batch_size=batch_size, sketcher=sketcher)
+    decoder = HandModel().decoder()
+    decoding.replay(decoder, requests, continuations, batch_size=batch_size, sketcher=sketcher, chunk=chunk)
     assert_rows(sketcher.rows(), requests, continuations, prompts_too=False)
 
 

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from harness.engines import build_engine, hf, hooks
 from harness.engines.spec import parse_spec
 from harness.environment import thread_count
 from harness.errors import EngineError, ModelError, SuiteError, UsageError
-from harness.numerics import metrics
-from harness.numerics.constants import EFFECT
+from harness.numerics import metrics, quantise
+from harness.numerics.constants import EFFECT, TOP
 from harness.numerics.sketch import Sketcher
 from harness.suites import load_suite
-from harness.values import Request
+from harness.values import NOT_USED, Request
 from tests.engines.recorder import largest_difference, recorded
 from tests.support import SUITE, VOCABULARY, random_model, write_model, write_suite
 
@@ -135,13 +136,13 @@ def test_chunked_prefill_is_prefill(models, kind):
 
 
 def test_replay_is_forced(model):
-    """Replay shows the given tokens' prefixes, not the model's own: each row's token logit is that of the golden."""
+    """Replay shows the given tokens' prefixes, not the model's own: each row has its own token's log p."""
     with opened("hf:dtype=float64", model) as engine:
         rows = shown(engine, "replay")
         ids = torch.tensor([[*REQUESTS[1].prompt_ids, *CONTINUATIONS[1]]])
-        logits = engine.model(input_ids=ids).logits[0].double()
-    expected = [float(logits[step, token]) for step, token in enumerate(CONTINUATIONS[1])]
-    assert rows.token_logit[rows.request == 1] == pytest.approx(expected, rel=1e-4)
+        logprobs = engine.model(input_ids=ids).logits[0].double().log_softmax(dim=-1)
+    expected = [float(logprobs[step, token]) for step, token in enumerate(CONTINUATIONS[1])]
+    assert rows.logp[rows.request == 1] == pytest.approx(expected, rel=1e-4)
     assert (rows.argmax[rows.request == 1] != CONTINUATIONS[1]).any()
 
 
@@ -175,6 +176,227 @@ def test_module_outputs(models, kind):
         assert not any(module._forward_hooks for module in engine.model.modules())
 
 
+# --- chunks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [*((kind, "") for kind in KINDS), ("gpt2", ",static_cache=true"), ("llama", ",static_cache=true")],
+)
+def test_chunked_is_whole(models, kind, cache):
+    """In float64 prompts fed in chunks give the same tokens, and on both views the same logits to 1e-9."""
+    with opened(f"hf:dtype=float64{cache}", models / kind) as engine:
+        plain = {view: recorded(engine, view, REQUESTS, CONTINUATIONS, batch_size=3) for view in ("replay", "prefill")}
+        tokens = engine.generate(REQUESTS, batch_size=3, stop_ids=frozenset())
+    for chunk in (8, 11, 36):
+        with opened(f"hf:dtype=float64,chunk={chunk}{cache}", models / kind) as engine:
+            assert engine.generate(REQUESTS, batch_size=3, stop_ids=frozenset()) == tokens
+            for view, whole in plain.items():
+                chunked = recorded(engine, view, REQUESTS, CONTINUATIONS, batch_size=3)
+                assert chunked.keys() == whole.keys()
+                assert largest_difference(chunked, whole) < 1e-9
+
+
+def test_the_chunks_are_those_asked_for(model):
+    """Every view feeds pieces of the size asked for; a size that a caller gives wins over the option."""
+    widths = []
+    with opened("hf:chunk=16", model) as engine:
+        step, engine._step = engine._step, lambda ids, *rest: widths.append(ids.shape[1]) or step(ids, *rest)
+        engine.generate(REQUESTS[:1], batch_size=1, stop_ids=frozenset())
+        shown(engine, "replay", batch_size=3)
+        shown(engine, "prefill", batch_size=3)
+        shown(engine, "prefill", batch_size=3, chunk=30)
+    generate, replay = [16, 16, 5, *[1] * 8], [16, 16, 5, *[1] * 5]
+    assert widths == [*generate, *replay, 16, 16, 8, 30, 10]
+
+
+def test_a_chunk_that_no_prompt_filled_is_not_in_force(model):
+    """The setting counts only once a sequence was longer than a chunk, so a chunk that never was is not vouched for."""
+    with opened("hf:chunk=37", model) as engine:
+        assert engine.declared["chunk"] == 37
+        engine.generate(REQUESTS, batch_size=None, stop_ids=frozenset())
+        shown(engine, "replay")
+        assert engine.settings["chunk"] == NOT_USED
+        shown(engine, "prefill")
+        assert engine.settings["chunk"] == 37
+    with opened("hf:chunk=36", model) as engine:
+        shown(engine, "replay")
+        assert engine.settings["chunk"] == 36
+    with opened("hf", model) as engine:
+        assert engine.settings["chunk"] is None
+        assert "chunk" not in engine.declared
+
+
+# --- what is shown ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_entries_are_those_of_the_logits(models, kind):
+    """With show=top each step has the highest log-probabilities of the logits that show=logits has at that step."""
+    with opened("hf:show=top", models / kind) as engine:
+        found = engine.generate(REQUESTS, batch_size=1, stop_ids=engine.stop_ids)
+    with opened("hf", models / kind) as engine:
+        plain = engine.generate(REQUESTS, batch_size=1, stop_ids=engine.stop_ids)
+        whole = recorded(engine, "replay", REQUESTS, [each.tokens for each in found], batch_size=1)
+    assert [replace(each, top_ids=(), top_logits=()) for each in found] == plain
+    for index, (request, each) in enumerate(zip(REQUESTS, found, strict=True)):
+        assert len(each.top_ids) == len(each.top_logits) == len(each.tokens)
+        for step, (ids, values) in enumerate(zip(each.top_ids, each.top_logits, strict=True)):
+            logprobs = whole[index, len(request.prompt_ids) + step].float().log_softmax(dim=-1)
+            assert list(values) == logprobs.topk(TOP).values.tolist()
+            assert list(values) == logprobs[list(ids)].tolist()
+            assert ids[0] == each.tokens[step]
+
+
+@pytest.mark.parametrize(("show", "more"), [("tokens", set()), ("top", {"top_logprobs"})])
+def test_a_served_model_shows_no_logits(model, show, more):
+    """Tokens, or tokens and their best neighbours, and an error for whoever asks for more."""
+    with opened(f"hf:show={show}", model) as engine:
+        assert engine.capabilities == {"tokens", "batch", "deterministic"} | more
+        assert bool(engine.generate(REQUESTS, batch_size=None, stop_ids=frozenset())[0].top_ids) is (show == "top")
+        for call in (
+            lambda: shown(engine, "replay"),
+            lambda: shown(engine, "prefill"),
+            lambda: engine.module_outputs(REQUESTS, CONTINUATIONS),
+            lambda: engine.upcast(),
+        ):
+            with pytest.raises(EngineError, match=f"show={show}"):
+                call()
+
+
+def test_a_live_model_shows_its_logits(model):
+    """Logits are what is shown where nothing else is asked for, by a live model always."""
+    for engine in (hf.from_model(random_model("llama")), opened("hf", model), opened("hf:show=logits", model)):
+        with engine:
+            assert {"logits", "replay", "upcast", "deterministic"} < engine.capabilities
+            assert "top_logprobs" not in engine.capabilities
+            assert not engine.generate(REQUESTS, batch_size=None, stop_ids=frozenset())[0].top_ids
+
+
+# --- quantised weights -----------------------------------------------------------------------------
+
+
+def parameters_of(text, directory):
+    """The parameters of an opened engine by name."""
+    with opened(text, directory) as engine:
+        return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+
+
+LAYERS = {
+    "bloom": ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "llama": (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [None, "float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_are_quantised_and_nothing_else(models, kind, scheme, dtype):
+    """Each Linear and Conv1D of the blocks is what the quantiser makes of the checkpoint's; all else is as loaded."""
+    option = "" if dtype is None else f",dtype={dtype}"
+    native, plain = parameters_of("hf", models / kind), parameters_of(f"hf:{option}", models / kind)
+    found = parameters_of(f"hf:weights={scheme}{option}", models / kind)
+    prefix = "model.layers" if kind == "llama" else "transformer.h"
+    names = {f"{prefix}.{block}.{layer}.weight" for block in (0, 1) for layer in LAYERS[kind]}
+    assert found.keys() == plain.keys() == native.keys()
+    assert names < found.keys()
+    for name, weight in found.items():
+        assert weight.dtype == plain[name].dtype
+        if name in names:
+            rounded = quantise.dequantised(native[name], scheme, input_dim=0 if kind == "gpt2" else 1)
+            assert torch.equal(weight, rounded.to(weight.dtype))
+            assert not torch.equal(weight, plain[name])
+        else:
+            assert torch.equal(weight, plain[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_weights_move_the_logits(models, kind):
+    """In float64 int8 moves every logit row, int4 moves it more; the tied and the untied head stay bit for bit."""
+    errors = []
+    with opened("hf:dtype=float64", models / kind) as engine:
+        truth, head = shown(engine, "prefill"), engine.model.get_output_embeddings().weight.clone()
+        embedding = engine.model.get_input_embeddings().weight.clone()
+    for scheme in ("int8", "int4"):
+        with opened(f"hf:dtype=float64,weights={scheme}", models / kind) as engine:
+            errors.append(error_of(shown(engine, "prefill"), truth))
+            assert torch.equal(engine.model.get_output_embeddings().weight, head)
+            assert torch.equal(engine.model.get_input_embeddings().weight, embedding)
+            assert hf.audit_float64(engine) == []
+    assert (errors[0] > 0).all()
+    assert 2 * np.sqrt(np.mean(errors[0] ** 2)) < np.sqrt(np.mean(errors[1] ** 2))
+
+
+def test_a_16_bit_checkpoint_is_not_rounded_again(tmp_path):
+    """Dequantised values of a bf16 checkpoint reach float64 from float32 and keep the bits that bf16 has not."""
+    random_model("llama", dtype="bfloat16").save_pretrained(tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    native = parameters_of("hf", tmp_path)[name]
+    for dtype in ("float64", "float32"):
+        found = parameters_of(f"hf:dtype={dtype},weights=int8", tmp_path)[name]
+        assert torch.equal(found.float(), quantise.dequantised(native, "int8", input_dim=1))
+        assert not torch.equal(found.bfloat16().to(found.dtype), found)
+    with opened("hf:weights=int8", tmp_path) as engine:
+        assert engine.settings["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("weights", ["int4", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_tables_beside_rounded_weights_are_not_rounded(models, dtype, weights):
+    """Buffers are what loading in that dtype gives: RoPE is not rounded to 16 bits because the weights were."""
+    for kind in KINDS:
+        buffers = []
+        for text in (f"hf:dtype={dtype}", f"hf:dtype={dtype},weights={weights}"):
+            with opened(text, models / kind) as engine:
+                buffers.append(dict(engine.model.named_buffers()))
+        assert buffers[0].keys() == buffers[1].keys()
+        for name, buffer in buffers[0].items():
+            assert buffer.dtype == buffers[1][name].dtype
+            assert torch.equal(buffer, buffers[1][name])
+
+
+def test_a_weight_that_two_layers_share_is_quantised_once():
+    """A shared weight is rounded from the checkpoint's own value and not from one that is rounded already."""
+    live = random_model("llama")
+    live.model.layers[1].mlp.up_proj.weight = live.model.layers[0].mlp.up_proj.weight
+    names = [name for name, _, _ in hf.block_layers(live)]
+    assert "model.layers.0.mlp.up_proj" in names
+    assert "model.layers.1.mlp.up_proj" not in names
+    live.model.layers[1].mlp.up_proj.weight = live.lm_head.weight
+    assert not any("lm_head" in name or name == "model.layers.1.mlp.up_proj" for name, _, _ in hf.block_layers(live))
+
+
+@pytest.mark.parametrize("weights", [None, "bfloat16", "int8", "int4"])
+def test_what_the_weights_went_through_is_in_the_settings(model, weights):
+    """The settings say what was applied, and the name promises it where it is a quantiser."""
+    with opened("hf" if weights is None else f"hf:weights={weights}", model) as engine:
+        assert engine.settings["weights"] == weights
+        assert engine.declared.get("weights") == (weights if weights in quantise.SCHEMES else None)
+
+
+def test_a_quantiser_that_found_nothing_is_not_in_force(model, monkeypatch):
+    """A model without a single layer that could be quantised does not run what its name promises."""
+    monkeypatch.setattr(hf, "block_layers", lambda _model: iter(()))
+    with opened("hf:weights=int8", model) as engine:
+        assert engine.settings["weights"] is None
+        assert engine.declared["weights"] == "int8"
+
+
+def test_a_declared_quantiser_changes_nothing(model):
+    """`quantised` says how the checkpoint was made: it stands in the settings and moves no bit."""
+    plain, declared = (parameters_of(text, model) for text in ("hf", "hf:quantised=int4-g32"))
+    assert all(torch.equal(declared[name], plain[name]) for name in plain)
+    with opened("hf:quantised=int4-g32", model) as engine:
+        assert engine.settings["quantised"] == "int4-g32"
+        assert engine.settings["weights"] is None
+    with opened("hf", model) as engine:
+        assert engine.settings["quantised"] is None
+
+
 # --- settings --------------------------------------------------------------------------------------
 
 
@@ -203,11 +425,11 @@ def test_weights_are_rounded_before_the_model_is_widened(model):
     """`weights=bfloat16` computes in the declared dtype with weights that went through bf16: the centre R_D."""
     with opened("hf:dtype=float32", model) as engine:
         plain = engine.model.lm_head.weight.detach().clone()
-    for dtype in ("float32", "float64"):
+    for dtype in ("float32", "float64", "float16"):
         with opened(f"hf:dtype={dtype},weights=bfloat16", model) as engine:
             assert engine.settings["dtype"] == dtype
             weight = engine.model.lm_head.weight
-            assert torch.equal(weight.double(), plain.bfloat16().double())
+            assert torch.equal(weight, plain.bfloat16().to(weight.dtype))
             assert not torch.equal(weight.double(), plain.double())
 
 
@@ -344,6 +566,75 @@ def test_upcast_keeps_a_rounded_buffer_rounded():
         assert table.dtype == torch.float32
         assert torch.equal(table, exact.bfloat16().float())
         assert not torch.equal(table, exact)
+
+
+SAME_SETTINGS = ("attn", "batch", "cache", "chunk", "weights", "quantised", "threads", "checkpoint", "missing_tensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "weights=int8",
+        "weights=int4,chunk=8,batch=2",
+        "weights=float16,attn=eager",
+        "static_cache=true,chunk=8,threads=2",
+        "quantised=int4-g32,device=cpu",
+    ],
+)
+def test_upcast_changes_nothing_but_the_dtype(model, options):
+    """Every other option stays as loaded, and none is applied again: the weights are widened as they are."""
+    with opened(f"hf:dtype=bfloat16,{options}", model) as engine:
+        shown(engine, "replay")
+        with engine.upcast() as wide:
+            shown(wide, "replay")
+            narrow, upcast = engine.settings, wide.settings
+            assert {key for key in narrow if narrow[key] != upcast[key]} == {"dtype"}
+            assert set(SAME_SETTINGS) < narrow.keys()
+            assert (narrow["dtype"], upcast["dtype"]) == ("bfloat16", "float32")
+            assert {**engine.declared, "dtype": "float32"} == wide.declared
+            assert all(upcast[key] == promised for key, promised in wide.declared.items())
+            for mine, other in zip(wide.model.parameters(), engine.model.parameters(), strict=True):
+                assert torch.equal(mine, other.float())
+
+
+def test_upcast_keeps_the_tokenizer(tmp_path):
+    """The copy encodes prompts as the engine itself does."""
+    suite = load_suite(write_suite(tmp_path / "small.toml", SUITE))
+    with opened("hf", write_model(tmp_path / "model")) as engine, engine.upcast() as wide:
+        assert wide.tokenize(suite) == engine.tokenize(suite)
+
+
+def test_upcast_says_what_was_missing(copied):
+    """Tensors that were made up are made up in the copy too, and its settings say so."""
+    path = copied / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with opened("hf", copied) as engine, engine.upcast() as wide:
+        assert wide.settings["missing_tensors"] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_upcast_of_a_wide_engine_is_a_copy(model, dtype):
+    """Where nothing is to be widened the copy has the same weights, and float64 is not narrowed."""
+    with opened(f"hf:dtype={dtype}", model) as engine, engine.upcast() as wide:
+        assert wide.settings["dtype"] == wide.declared["dtype"] == dtype
+        assert wide.model is not engine.model
+        assert (error_of(shown(wide, "prefill"), shown(engine, "prefill")) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_upcast_compiles_what_was_compiled(model, monkeypatch, dtype):
+    """A compiled engine's copy is compiled too, by itself: it is the same path in another dtype."""
+    # The eager backend needs no compiler, and counts its graphs like any other.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with opened(f"hf:compile=true,dtype={dtype}", model) as engine:
+        shown(engine, "prefill")
+        assert engine.settings["compile"] is True
+        with engine.upcast() as wide:
+            assert (wide.declared["compile"], wide.settings["compile"]) == (True, False)
+            shown(wide, "prefill")
+            assert wide.settings["compile"] is True
 
 
 def test_a_closed_engine_says_so(model):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from harness.engines.base import CAPABILITIES, Engine
-from harness.engines.runner import run_suite
+from harness.engines.runner import planned, run_suite, views_of
+from harness.errors import EngineError
 from harness.suites import suite_from_dict
-from harness.values import Generation, Request
+from harness.values import Generation, Request, Run
 
 VOCABULARY = 13
 REQUESTS = (
@@ -105,6 +106,79 @@ def test_only_the_runs_asked_for_are_done():
     suite = suite_of(ALL, SINGLE)
     trace = run(Scripted(), suite, runs=suite.runs[1:])
     assert [(one.run, one.view) for one in trace.passes] == [("single", "generate"), ("single", "replay")]
+
+
+ALL_VIEWS = ("generate", "replay", "prefill")
+
+
+@pytest.mark.parametrize(
+    ("views", "capabilities", "shown"),
+    [
+        (ALL_VIEWS, {"tokens", "logits", "replay"}, ALL_VIEWS),
+        (ALL_VIEWS, {"tokens"}, ("generate",)),
+        (ALL_VIEWS, {"logits"}, ("prefill",)),
+        (ALL_VIEWS, {"tokens", "logits"}, ("generate", "prefill")),
+        (("replay", "generate"), {"replay", "tokens"}, ("replay", "generate")),
+        (("replay", "prefill"), {"logits", "tokens"}, ("prefill",)),
+        (("replay", "prefill"), {"tokens", "top_logprobs"}, ("generate",)),
+        (("replay",), {"tokens", "logits"}, ("generate",)),
+        (("replay",), {"logits"}, ()),
+        (("generate",), {"replay", "logits"}, ()),
+        (ALL_VIEWS, set(), ()),
+    ],
+)
+def test_views_of_a_run(views, capabilities, shown):
+    """A view needs its capability; where none is left, tokens are shown if there are any."""
+    assert views_of(Run(name="r", views=views), frozenset(capabilities)) == shown
+
+
+def test_an_engine_is_asked_for_what_it_can_show():
+    """An engine that has tokens alone makes free runs, in the runs that ask for logits too."""
+    engine = Scripted()
+    engine.capabilities = frozenset({"tokens"})
+    logits = {"name": "logits", "quick": True, "views": ["replay", "prefill"]}
+    trace = run(engine, suite_of(SINGLE, logits, ORDER))
+    assert [(one.run, one.view, one.repeat) for one in trace.passes] == [
+        ("single", "generate", 0),
+        ("logits", "generate", 0),
+        *[("order", "generate", repeat) for repeat in range(3)],
+    ]
+    assert {asked[0] for asked in engine.asked} == {"generate"}
+    assert trace.capabilities == {"tokens"}
+
+
+def test_views_can_be_restricted():
+    """With `views` only these are shown, and nothing takes the place of those that are left out."""
+    trace = run(Scripted(), suite_of(ALL, SINGLE), views=("replay", "prefill"))
+    assert [(one.run, one.view) for one in trace.passes] == [
+        ("all", "replay"),
+        ("all", "prefill"),
+        ("single", "replay"),
+    ]
+    engine = Scripted()
+    engine.capabilities = frozenset({"tokens"})
+    assert run(engine, suite_of(ALL, SINGLE), views=("replay", "prefill")).passes == ()
+    assert engine.asked == []
+
+
+def test_what_is_planned_is_what_is_done():
+    """The plan that a trace is held against has the passes of the trace, in their order."""
+    suite = suite_of(ALL, SINGLE, ORDER)
+    for capabilities in ({"tokens", "logits", "replay"}, {"tokens"}, {"logits", "tokens"}):
+        for views in (None, ("prefill",), ("generate", "replay")):
+            engine = Scripted()
+            engine.capabilities = frozenset(capabilities)
+            trace = run(engine, suite, views=views)
+            plan = planned(suite.runs, REQUESTS, trace.capabilities, views)
+            assert [(one.run, one.view, one.repeat, one.requests) for one in trace.passes] == [
+                (one.name, view, repeat, visit) for one, view, repeat, visit in plan
+            ]
+
+
+def test_an_engine_cannot_be_widened_unless_it_says_how():
+    """The contract's own `upcast` is an error that names the engine."""
+    with pytest.raises(EngineError, match="scripted cannot be widened"):
+        Scripted().upcast()
 
 
 def test_a_suite_order_run_covers_all_requests_once():

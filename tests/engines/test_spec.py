@@ -146,6 +146,13 @@ def test_builds_an_engine_without_opening_it():
     assert dict(engine.declared) == {"dtype": "bfloat16", "batch": 2, "device": "cpu"}
 
 
+def test_declares_what_can_be_read_back():
+    """A quantiser that is applied and a chunk size are promises; a rounding and what is shown are not."""
+    declared = build_engine("hf:weights=int4,chunk=64,show=top,quantised=int8", model="nowhere").declared
+    assert dict(declared) == {"weights": "int4", "chunk": 64, "device": "cpu"}
+    assert dict(build_engine("hf:weights=float16", model="nowhere").declared) == {"device": "cpu"}
+
+
 def test_the_specs_model_wins():
     """A model named in the spec is used in place of the one given beside it."""
     assert build_engine("hf:model=mine", model="other").options.model == "mine"
@@ -158,6 +165,11 @@ def test_the_specs_model_wins():
         ("hf:dtyp=float32", "no key 'dtyp'", "Did you mean 'dtype'?"),
         ("hf:dtype=float23", "dtype='float23'", "float32"),
         ("hf:static_cache=1", "static_cache='1'", "true or false"),
+        ("hf:weights=int5", "weights='int5'", "int8, int4"),
+        ("hf:quantised=int4-32", "quantised='int4-32'", "e.g. int4-g128"),
+        ("hf:quantised=", "quantised=''", "e.g. int4-g128"),
+        ("hf:chunk=0", "chunk='0'", "a whole number from 1"),
+        ("hf:show=all", "show='all'", "one of logits, top, tokens"),
     ],
 )
 def test_unknown_engine_key_and_value(text, problem, fix):

@@ -1,13 +1,15 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from harness.numerics import constants
+from harness.numerics import bounds, constants, quantise, statistics
 
 HARNESS = Path(constants.__file__).parents[1]
 SOURCE = Path(constants.__file__)
-JUDGES = sorted([*HARNESS.glob("compare/*.py"), HARNESS / "numerics" / "bounds.py", HARNESS / "verdict.py"])
+NUMERICS = [HARNESS / "numerics" / f"{name}.py" for name in ("bounds", "moments", "statistics")]
+JUDGES = sorted([*HARNESS.glob("compare/*.py"), *NUMERICS, HARNESS / "verdict.py"])
 
 #: Numbers that a formula may hold: nothing, halves, wholes and doubles are no bounds.
 _PLAIN = {0.0, 0.5, 1.0, 2.0}
@@ -51,14 +53,39 @@ def test_every_constant_is_public_and_upper_case():
 
 def test_the_rate_is_split_once():
     """The shares of the false-alarm rate sum to no more than the whole."""
-    shares = [constants.ALPHA_POOLED, constants.ALPHA_GROUPS, constants.ALPHA_TOKENS]
+    shares = [getattr(constants, name) for name, _ in assigned() if name.startswith("ALPHA_")]
+    assert len(shares) == 4
     assert all(share > 0 for share in shares)
     assert sum(shares) <= constants.ALPHA
 
 
 def test_enough_replicas_are_drawn():
-    """The default number of replicas can carry the Student t bound at all."""
-    assert constants.REPLICAS > constants.MIN_EFFECTIVE
+    """The default number of replicas, scattering as families do, sees far less than what a check must see."""
+    replicas = constants.SPREAD_DEFAULT * np.linspace(-1.7, 1.7, constants.REPLICAS)
+    spread = bounds.spread_of(replicas, constants.REPLICAS - 1, constants.SPREAD_DEFAULT)
+    for precision in constants.EFFECT:
+        bound = bounds.magnitude_bound(replicas, spread, alpha=constants.ALPHA_POOLED, tests=6, precision=precision)
+        assert bounds.smallest_caught(bound) < constants.MAX_SMALLEST / 1.5
+
+
+def test_every_scatter_is_of_a_known_statistic():
+    """A name that nothing looks up would leave its statistic with the default; the largest is the largest."""
+    known = statistics.MAGNITUDES | statistics.SIGNED | {f"direction {scheme}" for scheme in quantise.SCHEMES}
+    for precision, by_name in constants.SPREADS.items():
+        assert precision in constants.EFFECT
+        assert set(by_name) <= known
+        assert all(largest >= others >= 0 and family for largest, family, others in by_name.values())
+
+
+def test_a_direction_is_named_around_one():
+    """The coefficient of a bug that is there lies within the limits, that of none outside."""
+    low, high = constants.COEFFICIENT
+    assert 0 < low < 1 < high
+
+
+def test_the_limits_of_a_quantiser_hold_the_plain_one():
+    """Round-to-nearest itself, the ratio 1, is between them."""
+    assert 0 < constants.QUANTISER_BEST < 1 < constants.QUANTISER_WORST
 
 
 @pytest.mark.parametrize("path", JUDGES, ids=lambda path: f"{path.parent.name}/{path.name}")

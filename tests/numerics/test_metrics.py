@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,25 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from harness.numerics import metrics
+from harness.numerics import metrics, sketch
 from harness.numerics.constants import BUCKETS, PAIR_FLOOR, PROJECTIONS, SIGMA_FLOOR
-
-UNITS = 4
-_RATIO = st.floats(1e-3, 1e3)
 
 
 def rng_of(seed=0):
     """A seeded generator."""
     return np.random.default_rng(seed)
-
-
-@st.composite
-def ratios_and_units(draw):
-    """Ratios [N] with a unit each [N]; every unit has at least one row."""
-    count = draw(st.integers(UNITS, 40))
-    ratios = draw(hnp.arrays(np.float64, count, elements=_RATIO))
-    units = draw(st.permutations([i % UNITS for i in range(count)]))
-    return ratios, np.array(units)
 
 
 # --- error and sigma -------------------------------------------------------------------------------
@@ -57,75 +46,6 @@ def test_row_sigma_has_a_floor():
     norms = np.ones((3, 5))
     norms[:, 2] = 0.0
     assert metrics.row_sigma(norms).tolist() == [1, 1, SIGMA_FLOOR, 1, 1]
-
-
-# --- S1, S2 ----------------------------------------------------------------------------------------
-
-
-def test_log_rms_by_hand():
-    """S1 of a unit is half the log of its mean squared ratio."""
-    ratios, units = np.array([1.0, 2.0, 3.0, 5.0]), np.array([0, 0, 2, 2])
-    found = metrics.log_rms(ratios, units, 3)
-    assert found[0] == pytest.approx(0.5 * np.log((1 + 4) / 2))
-    assert found[2] == pytest.approx(0.5 * np.log((9 + 25) / 2))
-
-
-def test_log_max_by_hand():
-    """S2 of a unit is the log of its largest ratio."""
-    ratios, units = np.array([1.0, 2.0, 3.0, 5.0, 0.5]), np.array([0, 0, 2, 2, 2])
-    found = metrics.log_max(ratios, units, 3)
-    assert np.exp(found[[0, 2]]) == pytest.approx([2, 5])
-
-
-@pytest.mark.parametrize("statistic", [metrics.log_rms, metrics.log_max])
-def test_a_unit_without_rows_is_minus_infinity(statistic):
-    """A unit that no row belongs to, or whose error is zero, is -inf and raises no warning."""
-    with np.errstate(all="raise"):
-        found = statistic(np.array([0.0, 1.0]), np.array([0, 2]), 3)
-    assert np.isneginf(found).tolist() == [True, True, False]
-
-
-@pytest.mark.parametrize("statistic", [metrics.log_rms, metrics.log_max])
-@given(case=ratios_and_units(), data=st.data())
-@settings(deadline=None, max_examples=50)
-def test_order_of_rows_does_not_matter(statistic, case, data):
-    """Rows may come in any order, as batches of any shape bring them."""
-    ratios, units = case
-    order = np.array(data.draw(st.permutations(range(len(ratios)))))
-    assert statistic(ratios[order], units[order], UNITS) == pytest.approx(statistic(ratios, units, UNITS), abs=1e-12)
-
-
-@pytest.mark.parametrize("statistic", [metrics.log_rms, metrics.log_max])
-@given(case=ratios_and_units(), data=st.data(), factor=st.floats(1, 1e6))
-@settings(deadline=None, max_examples=50)
-def test_a_larger_error_is_never_a_smaller_statistic(statistic, case, data, factor):
-    """Whatever row an error is added to, no statistic falls, and the row's own unit sees what it must."""
-    ratios, units = case
-    row = data.draw(st.integers(0, len(ratios) - 1))
-    worse = ratios.copy()
-    worse[row] *= factor
-    before, after = statistic(ratios, units, UNITS), statistic(worse, units, UNITS)
-    assert (after >= before - 1e-12).all()
-    alone = np.log(worse[row]) - (0.5 * np.log((units == units[row]).sum()) if statistic is metrics.log_rms else 0)
-    assert after[units[row]] >= alone - 1e-12
-
-
-@given(case=ratios_and_units())
-@settings(deadline=None, max_examples=50)
-def test_pooled_equals_direct(case):
-    """S1 of all rows from S1 of the units is S1 of all rows at once."""
-    ratios, units = case
-    rows = np.bincount(units, minlength=UNITS)
-    direct = 0.5 * np.log(np.mean(ratios**2))
-    assert metrics.pooled(metrics.log_rms(ratios, units, UNITS), rows) == pytest.approx(direct, abs=1e-12)
-
-
-def test_pooled_of_many_replicas():
-    """Units stand in the last axis: each replica is pooled by itself, units without rows left out."""
-    per_unit = np.log(np.array([[1.0, 2.0, 0.0 + 1e-300], [3.0, 3.0, 1e-300]]))
-    per_unit[:, 2] = -np.inf
-    found = metrics.pooled(per_unit, np.array([3, 1, 0]))
-    assert found == pytest.approx([0.5 * np.log((3 * 1 + 4) / 4), np.log(3)])
 
 
 # --- buckets ---------------------------------------------------------------------------------------
@@ -210,6 +130,18 @@ def test_logits_at_looks_up_by_token():
     np.testing.assert_array_equal(found, expected)
 
 
+def test_pair_noise_is_floored_by_its_own_prompt():
+    """A step whose replicas agree gets a share of what its prompt has, not of what a noisier prompt has."""
+    errors = rng_of(6).normal(size=(7, 8, 5)) * np.repeat([1.0, 50.0], 4)[None, :, None]
+    errors[:, 2] = errors[:, 6] = 0.0
+    units = np.repeat([0, 1], 4)
+    found = metrics.pair_noise(errors, units)
+    expected = np.concatenate([pair_noise_by_pairs(errors[:, units == unit]) for unit in (0, 1)])
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert found[6] > 20 * found[2]
+    assert metrics.pair_noise(errors)[2] == pytest.approx(pair_noise_by_pairs(errors)[2])
+
+
 def test_margins_by_hand():
     """The margin is the best logit less the second, infinite where there is only one token."""
     assert metrics.margins(np.array([[3.0, 1.0, 0.5], [2.0, 2.0, 0.0]], dtype=np.float32)).tolist() == [2.0, 0.0]
@@ -232,6 +164,84 @@ def test_deficit_is_a_lower_bound(logits, token):
     assert (found <= true).all()
     stored = (top_ids == token[:, None]).any(axis=1)
     assert (found[stored] == true[stored]).all()
+
+
+# --- divergence ------------------------------------------------------------------------------------
+
+
+def rows_of(logits, top=20, generated=None):
+    """Rows of one request with the given logits [N, V]; of each generated one the ``top`` highest entries."""
+    count = len(logits)
+    generated = np.ones(count, dtype=np.bool_) if generated is None else generated
+    order = np.argsort(-logits, axis=1, kind="stable")[generated, :top]
+    numbers = np.zeros(count, dtype=np.int32)
+    return replace(
+        sketch.empty_rows(logits.shape[1]),
+        request=numbers,
+        position=np.arange(1, count + 1, dtype=np.int32),
+        generated=generated,
+        logsumexp=np.log(np.exp(logits).sum(axis=1)).astype(np.float32),
+        top_ids=order.astype(np.int32),
+        top_logits=np.take_along_axis(logits[generated], order, axis=1).astype(np.float32),
+    )
+
+
+def divergence_by_hand(p_logits, q_logits):
+    """KL(p || q) in nats over all columns."""
+    p, q = (np.exp(one) / np.exp(one).sum(axis=1, keepdims=True) for one in (p_logits, q_logits))
+    return (p * np.log(p / q)).sum(axis=1)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 20])
+def test_divergence_of_all_columns_is_exact(columns):
+    """Where all columns are kept nothing is merged, and it is the divergence itself."""
+    logits = rng_of(7).normal(0, 2, (5, columns))
+    other = logits + rng_of(8).normal(0, 0.5, logits.shape)
+    found = metrics.coarse_divergence(rows_of(logits), rows_of(other), np.arange(5))
+    # Rounded to float32, the probabilities sum to 1 within 1e-7, which the cell for the rest then holds.
+    assert found == pytest.approx(divergence_by_hand(logits, other), rel=1e-4, abs=1e-5)
+
+
+@given(seed=st.integers(0, 2**16), size=st.floats(0.01, 3), top=st.integers(1, 12))
+@settings(deadline=None, max_examples=50)
+def test_coarse_divergence_never_exceeds_the_true_one(seed, size, top):
+    """Merging all but the top entries loses divergence and never adds to it; it is never negative."""
+    logits = rng_of(seed).normal(0, 2, (4, 40))
+    other = logits + rng_of(seed + 1).normal(0, size, logits.shape)
+    true = divergence_by_hand(logits, other)
+    found = metrics.coarse_divergence(rows_of(logits, top), rows_of(other, 40), np.arange(4))
+    assert (found >= 0).all()
+    # The logits are rounded to float32 when kept.
+    assert (found <= true * (1 + 1e-4) + 1e-5).all()
+
+
+def test_divergence_of_equal_rows_is_zero():
+    """A distribution does not diverge from itself, whatever constant its logits are shifted by."""
+    logits = rng_of(9).normal(0, 2, (5, 40))
+    for shift in (0.0, 8.0):
+        found = metrics.coarse_divergence(rows_of(logits), rows_of(logits + shift), np.arange(5))
+        assert found == pytest.approx(0, abs=1e-5)
+
+
+def test_divergence_is_of_the_generated_rows_at_their_own_places():
+    """Prompt rows hold no top entries: they are passed over on both sides, and the others found by place."""
+    logits = rng_of(10).normal(0, 2, (6, 40))
+    other = logits + rng_of(11).normal(0, 0.5, logits.shape)
+    generated = np.array([False, False, True, True, False, True])
+    place = np.array([1, 3, 5])
+    found = metrics.coarse_divergence(
+        rows_of(logits, generated=generated), rows_of(other[place], generated=generated[place]), place
+    )
+    expected = metrics.coarse_divergence(rows_of(logits), rows_of(other), np.arange(6))[[3, 5]]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_divergence_of_nan_is_nan():
+    """NaN among the entries is no divergence that a limit could let pass."""
+    logits = rng_of(12).normal(0, 2, (2, 40))
+    broken = replace(rows_of(logits), logsumexp=np.array([np.nan, 1.0], dtype=np.float32))
+    found = metrics.coarse_divergence(rows_of(logits), broken, np.arange(2))
+    assert not found[0] <= 1e300
 
 
 # --- effective number ------------------------------------------------------------------------------
@@ -283,19 +293,18 @@ def test_the_effective_number_is_between_one_and_all(errors, factor):
 
 def test_empty_inputs_give_empty_outputs():
     """No rows, no steps and no units are no errors."""
-    nothing, integers = np.zeros(0), np.zeros(0, dtype=np.int64)
+    integers = np.zeros(0, dtype=np.int64)
     no_projections = np.zeros((0, PROJECTIONS), dtype=np.float32)
     assert metrics.error_norm(no_projections, no_projections).shape == (0,)
     assert metrics.row_sigma(np.zeros((3, 0))).shape == (0,)
-    assert np.isneginf(metrics.log_rms(nothing, integers, 2)).all()
-    assert np.isneginf(metrics.log_max(nothing, integers, 2)).all()
-    assert np.isneginf(metrics.pooled(np.zeros(0), integers))
     assert metrics.position_buckets(integers).shape == (0,)
     assert metrics.pair_noise(np.zeros((3, 0, 5))).shape == (0,)
     ids, logits = np.zeros((0, 5), dtype=np.int32), np.zeros((0, 5), dtype=np.float32)
     assert metrics.logits_at(ids, ids, logits).shape == (0, 5)
     assert metrics.margins(logits).shape == (0,)
     assert metrics.deficit(ids, logits, integers).shape == (0,)
+    empty = sketch.empty_rows(40)
+    assert metrics.coarse_divergence(empty, empty, integers).shape == (0,)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -307,12 +316,6 @@ def test_nan_is_never_a_small_number(bad):
     norms = metrics.error_norm(broken, projections)
     assert norms[0] == 0
     assert not norms[1] <= 1e300
-    units = np.array([0, 1])
-    for statistic in (metrics.log_rms, metrics.log_max):
-        with np.errstate(invalid="ignore"):
-            found = statistic(norms, units, 2)
-        assert not found[1] <= 1e300
-        assert not metrics.pooled(found, np.array([1, 1])) <= 1e300
     assert not metrics.row_sigma(np.stack([norms, norms]))[1] <= 1e300
 
 

@@ -54,7 +54,8 @@ def coded_rows(keys, generated):
         argmax=code,
         nonfinite=code,
         logsumexp=code.astype(np.float32),
-        token_logit=code.astype(np.float32),
+        logp=code.astype(np.float32),
+        entropy=code.astype(np.float32),
         projections=np.repeat(code[:, None], PROJECTIONS, axis=1).astype(np.float32),
         top_ids=np.repeat(shown[:, None], TOP, axis=1),
         top_logits=np.repeat(shown[:, None], TOP, axis=1).astype(np.float32),
@@ -65,7 +66,7 @@ def coded_rows(keys, generated):
 def assert_coded(rows):
     """Every field of `coded_rows` still stands beside its own request and position."""
     code = rows.request * 1000 + rows.position
-    for name in ("argmax", "nonfinite", "logsumexp", "token_logit"):
+    for name in ("argmax", "nonfinite", "logsumexp", "logp", "entropy"):
         assert (getattr(rows, name) == code).all(), name
     assert (rows.projections == code[:, None]).all()
     shown = code[rows.generated]
@@ -178,9 +179,11 @@ def test_fields_are_what_they_say():
     generated = np.arange(9) % 3 != 0
     rows = condensed(logits, generated=generated, next_ids=next_ids)
     wide = logits.numpy()
+    probability = np.exp(wide) / np.exp(wide).sum(axis=1, keepdims=True)
     assert (rows.argmax == wide.argmax(axis=1)).all()
     assert rows.logsumexp == pytest.approx(np.log(np.exp(wide).sum(axis=1)), rel=1e-6)
-    assert rows.token_logit == pytest.approx(wide[np.arange(9), next_ids.numpy()], rel=1e-6)
+    assert rows.logp == pytest.approx(np.log(probability[np.arange(9), next_ids.numpy()]), rel=1e-6)
+    assert rows.entropy == pytest.approx(-(probability * np.log(probability)).sum(axis=1), rel=1e-6)
     order = np.argsort(-wide[generated], axis=1)[:, :TOP]
     assert (rows.top_ids == order).all()
     assert rows.top_logits == pytest.approx(np.take_along_axis(wide[generated], order, axis=1), rel=1e-6)
@@ -194,14 +197,15 @@ def test_extra_columns_count_for_the_argmax_alone():
     padded[2, VOCABULARY + 1] = 99.0
     rows, plain = condensed(padded), condensed(logits)
     assert rows.argmax.tolist() == [*plain.argmax[:2], VOCABULARY + 1, plain.argmax[3]]
-    for name in ("nonfinite", "logsumexp", "token_logit", "projections", "top_ids", "top_logits"):
+    for name in ("nonfinite", "logsumexp", "logp", "entropy", "projections", "top_ids", "top_logits"):
         assert (getattr(rows, name) == getattr(plain, name)).all(), name
 
 
 def test_token_outside_the_vocabulary_is_no_crash():
     """A forced token that the reference has no column for is looked up in its last one."""
     rows = condensed(logits_of(2), next_ids=torch.tensor([VOCABULARY + 5, VOCABULARY - 1]))
-    assert np.isfinite(rows.token_logit).all()
+    assert np.isfinite(rows.logp).all()
+    assert (rows.logp <= 0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -219,8 +223,41 @@ def test_nan_stays_visible():
     logits[1, 5] = float("nan")
     rows = condensed(logits)
     assert np.isnan(rows.projections[1]).all()
-    assert np.isnan(rows.logsumexp[1])
+    for name in ("logsumexp", "logp", "entropy"):
+        assert np.isnan(getattr(rows, name)[1]), name
+        assert np.isfinite(getattr(rows, name)[0]), name
     assert np.isfinite(rows.projections[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_masked_column_has_no_entropy(dtype):
+    """A column at -inf has no probability and adds nothing to the entropy; the row still counts as not finite."""
+    logits = logits_of(2, dtype=dtype)
+    masked = logits.clone()
+    masked[1, 5:] = -torch.inf
+    rows, few = condensed(masked), condensed(logits[:, :5].contiguous(), vocabulary=5)
+    assert rows.entropy[1] == pytest.approx(few.entropy[1], rel=1e-5)
+    assert rows.nonfinite.tolist() == [0, VOCABULARY - 5]
+
+
+@given(shift=st.floats(-1e4, 1e4), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=50)
+def test_log_p_and_entropy_are_blind_to_a_constant_shift(shift, seed):
+    """They are of the softmax, which a number added to all logits of a row does not change."""
+    base = logits_of(3, seed=seed)
+    before, after = condensed(base), condensed(base + shift)
+    # Float64 sums at the size of the shift, then one rounding to float32 at the size of the result.
+    allowed = VOCABULARY * 2.0**-52 * (abs(shift) + float(base.abs().max())) + 2.0**-22 * np.abs(before.logsumexp).max()
+    for name in ("logp", "entropy"):
+        assert np.abs(getattr(after, name) - getattr(before, name)).max() <= allowed
+
+
+@pytest.mark.parametrize("columns", [1, 2, 301])
+def test_entropy_of_equal_logits_is_that_of_a_die(columns):
+    """Equal logits have the entropy log V, a single column none; log p is its negative."""
+    rows = condensed(torch.full((2, columns), 7.0, dtype=torch.float64), vocabulary=columns)
+    assert rows.entropy == pytest.approx(np.log(columns), rel=1e-6, abs=1e-12)
+    assert rows.logp == pytest.approx(-np.log(columns), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # a float64 with a flipped exponent bit
@@ -262,10 +299,12 @@ def test_chunks_change_nothing(monkeypatch, dtype, pieces):
     monkeypatch.setattr(sketch, "_CHUNK_BYTES", 2 * 8 * VOCABULARY)
     parts = condensed(logits, generated=generated, fingerprints=True, pieces=pieces)
     for name in Rows.__slots__:
-        if name not in ("projections", "logsumexp"):
+        if name not in ("projections", "logsumexp", "logp", "entropy"):
             assert (getattr(parts, name) == getattr(whole, name)).all(), name
-    # Another shape may sum in another order: two roundings of the precision of the product apart at most.
-    assert parts.logsumexp == pytest.approx(whole.logsumexp, rel=2.0**-22)
+    # Another shape may sum in another order: two roundings of the precision of the product apart at most. log p and
+    # entropy are differences of numbers as large as the logsumexp.
+    for name in ("logsumexp", "logp", "entropy"):
+        assert np.abs(getattr(parts, name) - getattr(whole, name)).max() <= 2.0**-20 * np.abs(whole.logsumexp).max()
     bound = VOCABULARY * 2.0**-24 * logits.double().norm(dim=1).numpy()
     assert (metrics.error_norm(parts.projections, whole.projections) <= bound).all()
 

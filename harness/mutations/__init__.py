@@ -1,0 +1,1 @@
+"""Changes to a live model: those that a check must let pass."""
