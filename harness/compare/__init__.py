@@ -56,7 +56,7 @@ def compare(
         trace: what the candidate did, with the trace of its widened copy where there is one.
         runs: what the candidate was asked to do, the suite's own by default.
         scoring: what the live reference was asked at check time.
-        spreads: scatters of the statistics between families. those of constants.py by default.
+        spreads: scatters of the statistics between families, those of constants.py by default.
 
     Where the structure is wrong nothing numeric is compared: the numbers would be of another question.
     """
@@ -153,10 +153,10 @@ def _numbers(context: Context) -> tuple[list[Finding], list[Statistic], float | 
         return [_nothing(context)], [], None, ""
     if context.missing and context.floor is not None:
         # Without its centre nothing can be said, about tokens either.
-        return [_missing(context, context.missing)], [], None, ""
+        return [_missing(context)], [], None, ""
     findings = tokens.check(context)
     if context.missing:
-        return [*findings, _missing(context, context.missing)], [], None, ""
+        return [*findings, _missing(context)], [], None, ""
     if shows == "top entries":
         judged = entries.judge(context)
         lacking = entries.missing(context)
@@ -186,12 +186,12 @@ def _nothing(context: Context) -> Finding:
     )
 
 
-def _missing(context: Context, reason: str) -> Finding:
+def _missing(context: Context) -> Finding:
     return Finding(
         status=Status.UNMEASURED,
         check="logits",
         question=context.question,
-        message=reason,
+        message=context.missing,
         fix="Record the golden with a floor for this precision, or name the reference with --reference",
     )
 

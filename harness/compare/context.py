@@ -82,6 +82,11 @@ class Context:
         """Index among generated rows of a request's first one."""
         return sum(len(given.tokens) for given in self.golden.generations[:request])
 
+    @property
+    def measured(self) -> list[tuple[Pass, Moments]]:
+        """The passes that show logits, each with its moments; none where no error can be judged."""
+        return [(one, part) for one, part in zip(self.trace.passes, self.moments, strict=False) if part is not None]
+
     def scatter_of(self, name: str) -> float:
         """Scatter of a statistic between families of correct implementations in this precision."""
         return self.spreads.get(self.precision, {}).get(name, SPREAD_DEFAULT)
@@ -121,7 +126,6 @@ def compare_context(
     margins = metrics.margins(centre.top_logits)
     names = tuple(golden.directions)
     scale = norms = None
-    moments: tuple[Moments | None, ...] = ()
     missing = _missing(golden, trace, precision, floor, scoring)
     if floor is not None and not missing:
         scale = scale_of(
@@ -154,10 +158,6 @@ def compare_context(
     moments = tuple(
         measure(one.rows, scale, context.place(one.rows)) if one.rows is not None else None for one in trace.passes
     )
-    return _with_moments(context, moments)
-
-
-def _with_moments(context: Context, moments: tuple[Moments | None, ...]) -> Context:
     return replace(context, moments=moments)
 
 

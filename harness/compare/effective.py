@@ -18,7 +18,7 @@ def judge(context: Context, pooled: Sequence[Statistic]) -> tuple[list[Finding],
     named must also explain what the error has beyond round-off.
     """
     error = next((one for one in pooled if one.name == statistics.ERROR and one.unit == "all"), None)
-    shown = [(one, part) for one, part in zip(context.trace.passes, context.moments, strict=False) if part is not None]
+    shown = context.measured
     if not shown or not context.directions or context.floor is None or context.norms is None:
         return [], []
     unit = logits.unit_of(context, [one for one, _ in shown], "all")

@@ -31,7 +31,7 @@ class Judged:
 
 def judge(context: Context) -> Judged:
     """Hold every statistic of a trace against the replicas."""
-    shown = [(one, part) for one, part in zip(context.trace.passes, context.moments, strict=False) if part is not None]
+    shown = context.measured
     if not shown or context.floor is None:
         return Judged(findings=(), statistics=(), smallest=None)
     pooled, smallest = _pooled(context, context.floor, shown)
@@ -136,7 +136,7 @@ def pooled_ratio(context: Context, one: Pass) -> float | None:
 
 
 def _one_error(context: Context, one: Pass) -> tuple[float, Bound] | None:
-    part = next((p for other, p in zip(context.trace.passes, context.moments, strict=False) if other is one), None)
+    part = next((moments for other, moments in context.measured if other is one), None)
     if part is None or context.floor is None:
         return None
     unit = unit_of(context, [one], pass_name(one))
@@ -152,7 +152,7 @@ def _one_error(context: Context, one: Pass) -> tuple[float, Bound] | None:
 
 def _tests(context: Context) -> int:
     """Tests that share a quarter of the rate: statistics of each pass, its prompts, its ranges of positions."""
-    shown = [one for one, part in zip(context.trace.passes, context.moments, strict=False) if part is not None]
+    shown = [one for one, _ in context.measured]
     whole = [one for one in shown if len(one.requests) == len(context.golden.requests)]
     by_pass = len(shown) * (
         1 + len(statistics.SIGNED) + len(statistics.MAGNITUDES & {statistics.ERROR, statistics.SHIFT})

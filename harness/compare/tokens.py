@@ -407,7 +407,9 @@ def _flips_limit(context: Context, steps: Steps, passes: int) -> tuple[float, st
     """
     probability = steps.flip_probability()
     expected, variance = float(probability.sum()), float((probability * (1 - probability)).sum())
-    replicas, count = _replica_flips(context, steps)
+    assert context.floor is not None
+    replicas = _as_shown(context, steps, context.floor.moments.flips)
+    count = len(replicas)
     if count:
         expected = max(expected, float(replicas.mean()))
     # The replicas' own count already comes ``passes`` at a time.
@@ -423,13 +425,11 @@ def _flips_limit(context: Context, steps: Steps, passes: int) -> tuple[float, st
     )
 
 
-def _replica_flips(context: Context, steps: Steps) -> tuple[Float64, int]:
-    """Flips of each replica if it had shown these steps, [K]."""
-    assert context.floor is not None
+def _as_shown(context: Context, steps: Steps, moment: NDArray[np.float32]) -> Float64:
+    """A sum over each prompt's steps [K, P], of each replica as if it had shown these steps, [K]."""
     tokens = np.array([max(1, len(given.tokens)) for given in context.golden.generations], dtype=np.float64)
-    weight = np.bincount(steps.request, minlength=len(tokens)) / tokens
-    replicas: Float64 = context.floor.moments.flips.astype(np.float64) @ weight
-    return replicas, len(replicas)
+    replicas: Float64 = moment.astype(np.float64) @ (np.bincount(steps.request, minlength=len(tokens)) / tokens)
+    return replicas
 
 
 def _depth(context: Context, steps: Steps, passes: int) -> list[Finding]:
@@ -439,9 +439,7 @@ def _depth(context: Context, steps: Steps, passes: int) -> list[Finding]:
     allow, it must exceed what Bernstein's inequality allows for independent ties (numerics/bounds.py).
     """
     assert context.floor is not None
-    tokens = np.array([max(1, len(given.tokens)) for given in context.golden.generations], dtype=np.float64)
-    weight = np.bincount(steps.request, minlength=len(tokens)) / tokens
-    replicas = context.floor.moments.deficit.astype(np.float64) @ weight
+    replicas = _as_shown(context, steps, context.floor.moments.deficit)
     value = float(np.minimum(np.where(steps.flipped, steps.share, 0.0), DEFICIT_CLIP).sum())
     # Without a single flip among the replicas there is nothing to hold it against, and T1 speaks alone.
     if not replicas.any():
