@@ -15,12 +15,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.numerics.constants import CATCH, EFFECT, LARGEST_PRIOR
+from harness.numerics.constants import CATCH, EFFECT, FEWEST_UNITS, LARGEST_PRIOR, VARIETY_ERRORS
 
 Float64 = NDArray[np.float64]
-
-#: Fewer units than this do not show how much their spreads differ, and each keeps its own degrees of freedom.
-_FEWEST_UNITS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +79,7 @@ def moderated(replicas: Float64, effective: float, families: float) -> list[Spre
     """
     own = [spread_of(column, effective, 0.0) for column in replicas.T]
     known = [one for one in own if one.value > 0]
-    if len(known) < _FEWEST_UNITS:
+    if len(known) < FEWEST_UNITS:
         return [Spread(own=one.own, value=math.hypot(one.own, families), degrees=one.degrees) for one in own]
     prior = _prior(np.array([one.value**2 for one in known]), np.array([one.degrees for one in known]))
     spreads = []
@@ -94,13 +91,18 @@ def moderated(replicas: Float64, effective: float, families: float) -> list[Spre
 
 
 def _prior(variances: Float64, degrees: Float64) -> Spread:
-    """Scale and degrees of freedom of the prior, by the mean and variance of log variances."""
+    """Scale and degrees of freedom of the prior, by the mean and variance of log variances.
+
+    The variance that chance gives the logs is known (trigamma), and known is the standard error of an observed
+    variance: sqrt(2 / (U - 1)) times it.
+    """
     from scipy import special
 
     logs = np.log(variances) - special.digamma(degrees / 2) + np.log(degrees / 2)
-    excess = float(np.var(logs, ddof=1) - np.mean(special.polygamma(1, degrees / 2)))
-    prior = 2 * _inverse_trigamma(excess) if excess > 0 else LARGEST_PRIOR
-    prior = min(prior, LARGEST_PRIOR)
+    chance = float(np.mean(special.polygamma(1, degrees / 2)))
+    error = chance * math.sqrt(2 / (len(logs) - 1))
+    excess = max(0.0, float(np.var(logs, ddof=1)) - chance) + VARIETY_ERRORS * error
+    prior = min(2 * _inverse_trigamma(excess), LARGEST_PRIOR)
     scale = float(np.mean(logs) + special.digamma(prior / 2) - np.log(prior / 2))
     return Spread(own=math.exp(scale / 2), value=math.exp(scale / 2), degrees=prior)
 

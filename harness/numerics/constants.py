@@ -102,6 +102,16 @@ MAX_SMALLEST = 8.0
 #: here on Student's t is the normal distribution to 1 % at every rate used (t/z at 1e-7: 1.012).
 LARGEST_PRIOR = 600.0
 
+#: Standard errors by which the variety of the units' spreads is taken larger than it was found, before their common
+#: prior is made of it: a prior believed too much gives limits that are passed too often. With it 12 units whose
+#: spreads vary by 0.25 pass 1.26 times as often as asked, printed by `pytest tests/numerics/test_null.py -k units -s`;
+#: 1.8 times at 0 standard errors.
+VARIETY_ERRORS = 1.0
+
+#: Fewer units than this keep their own degrees of freedom: 6 of them pass limits of the prior above 1.9 times as
+#: often as asked (4.0 at 0 standard errors), 1.1 times their own, which the same command prints.
+FEWEST_UNITS = 12
+
 #: A direction (a weight quantiser, a template) is named when its fitted coefficient lies between these
 #: (numerics 2.9 and the status `deviates` of DESIGN.md): a bug that is there gives about 1.
 COEFFICIENT = (0.5, 2.0)
