@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("GITHUB_STEP_SUMMARY", None)  # the checks that tests run are no part of the summary of CI's own step
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Idle OpenMP threads that spin take the core from the test on the other worker, which then spins too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent
+
+pytest_plugins = ["pytester"]  # tests of the plugin run pytest inside pytest
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.flow import check, record, reference_model
+    from harness.flow import check, compare, record, reference_model, run
     from harness.store import read_golden as load_golden
     from harness.suites import load_suite
-    from harness.values import Finding, Golden, Power, Status, Suite, Trace, Verdict
+    from harness.traces import load_trace
+    from harness.values import Changes, Finding, Golden, Power, Status, Suite, Trace, Verdict
 
 __all__ = [
+    "Changes",
     "Finding",
     "Golden",
     "Power",
@@ -20,21 +22,28 @@ __all__ = [
     "Trace",
     "Verdict",
     "check",
+    "compare",
     "load_golden",
     "load_suite",
+    "load_trace",
     "record",
     "reference_model",
+    "run",
 ]
 
 # Imported when first used: `harness --help` must not wait for numpy, let alone for torch.
 _HOMES = {
     "check": ("harness.flow", "check"),
+    "compare": ("harness.flow", "compare"),
     "load_golden": ("harness.store", "read_golden"),
     "load_suite": ("harness.suites", "load_suite"),
+    "load_trace": ("harness.traces", "load_trace"),
     "record": ("harness.flow", "record"),
     "reference_model": ("harness.flow", "reference_model"),
+    "run": ("harness.flow", "run"),
     **{
-        name: ("harness.values", name) for name in ("Finding", "Golden", "Power", "Status", "Suite", "Trace", "Verdict")
+        name: ("harness.values", name)
+        for name in ("Changes", "Finding", "Golden", "Power", "Status", "Suite", "Trace", "Verdict")
     },
 }
 

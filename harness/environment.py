@@ -8,10 +8,12 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
+
+from harness.values import Difference
 
 _PACKAGES = ("golden-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -37,6 +39,25 @@ def machine() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def differences(recorded: Mapping[str, Any], today: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """Versions and parts of the machine that are not what they were, by name.
+
+    Args:
+        recorded: a golden's provenance, with ``versions`` and ``machine``.
+        today: a trace's settings, with the same.
+    """
+    found = []
+    for part in ("versions", "machine"):
+        before, now = recorded.get(part), today.get(part)
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+            continue
+        for name in sorted({*before, *now}):
+            then, here = (None if one is None else str(one) for one in (before.get(name), now.get(name)))
+            if then != here:
+                found.append(Difference(name=str(name), golden=then, today=here))
+    return tuple(found)
 
 
 def compiler() -> str | None:

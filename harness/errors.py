@@ -30,6 +30,10 @@ class GoldenError(HarnessError):
     """A golden that is missing, damaged or hostile."""
 
 
+class TraceError(HarnessError):
+    """A trace file that is missing, damaged or hostile."""
+
+
 class StaleError(HarnessError):
     """A golden of another suite or another model than the one at hand."""
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness import scorer
+from harness.engines.base import Engine
 from harness.errors import ModelError
 from harness.numerics.constants import CENTRE_SHARE, FP32_REFERENCE_RATIO
+from harness.numerics.sketch import Sketcher
 from harness.replicas import measure_floor
 from harness.scorer import Direction
 from harness.values import Centre, Floor, Generation, Request, Rows, recentred
@@ -56,12 +58,7 @@ def observe(
     precision, reason = scorer.reference_precision(model)
     progress(f"reference in {precision}")
     scored = scorer.score(model, requests, stop_ids=stop_ids, precision=precision)
-    broken = int((scored.rows.nonfinite > 0).sum())
-    if broken:
-        raise ModelError(
-            f"the reference's own logits are not finite at {broken} positions",
-            fix="A golden of NaN would bless NaN: mend the model first",
-        )
+    _refuse_nonfinite(scored.rows)
     progress("directions of weight quantisers")
     directions = scorer.directions(model, requests, scored, precision=precision)
     along = list(directions.values())
@@ -121,3 +118,42 @@ def observe(
         directions=directions,
         left_out=left_out,
     )
+
+
+def observe_foreign(
+    engine: Engine, requests: Sequence[Request], *, stop_ids: frozenset[int], progress: Progress
+) -> Observed:
+    """What a port shows, as a reference: continuations and logits in the precision it runs in, and no floors.
+
+    Raises:
+        ModelError: where its logits are not finite.
+        EngineError: where it cannot generate.
+    """
+    progress("continuations")
+    run = getattr(engine, "continue_greedily", engine.generate)
+    generations: Sequence[Generation] = run(requests, batch_size=None, stop_ids=stop_ids)
+    progress("logits")
+    sketcher = Sketcher(engine.vocabulary)
+    engine.prefill(requests, [one.tokens for one in generations], batch_size=None, sketcher=sketcher)
+    rows = sketcher.rows()
+    _refuse_nonfinite(rows)
+    precision = str(engine.settings.get("dtype", "unknown"))
+    return Observed(
+        generations=tuple(generations),
+        rows=rows,
+        precision=precision,
+        precision_reason=f"a port is believed in the precision that it runs in, {precision}",
+        centres={},
+        floors={},
+        directions={},
+        left_out=dict.fromkeys(PRECISIONS, "a foreign reference draws no replicas"),
+    )
+
+
+def _refuse_nonfinite(rows: Rows) -> None:
+    broken = int((rows.nonfinite > 0).sum())
+    if broken:
+        raise ModelError(
+            f"the reference's own logits are not finite at {broken} positions",
+            fix="A golden of NaN would bless NaN: mend the model first",
+        )

@@ -12,7 +12,7 @@ from harness.engines import hf
 from harness.engines.spec import parse_spec
 from harness.numerics import metrics, quantise
 from harness.numerics.sketch import Sketcher
-from harness.values import Centre, Generation, Request, Rows
+from harness.values import Centre, Generation, Golden, Request, Rows
 
 Direction = NDArray[np.float16]
 
@@ -116,6 +116,29 @@ def directions(model: str, requests: Sequence[Request], scored: Scored, *, preci
 
 
 # --- at check time -----------------------------------------------------------------------------
+
+
+def strayed(model: str, golden: Golden, asked: Sequence[int]) -> str:
+    """Why the live reference cannot be believed, in words; empty where it still gives what the golden holds of it.
+
+    It runs the code of the day, perhaps the very code that the candidate runs: a bug in there would be on both sides.
+    The limit is the finest round-off that was measured, at every position.
+
+    Args:
+        model: the reference's directory.
+        golden: what it once gave; without floors there is nothing to hold it against.
+        asked: indices of the prompts to look at, in order.
+    """
+    if not golden.floors:
+        return ""
+    with open_reference(model, golden.precision) as engine:
+        again = teacher_forced(engine, [golden.requests[i] for i in asked], [golden.continuations[i] for i in asked])
+    shown = np.isin(golden.rows.request, asked)
+    finest = np.min([floor.sigma[shown] for floor in golden.floors.values()], axis=0)
+    ratio = float((metrics.error_norm(again.projections, golden.rows.projections[shown]) / finest).max())
+    if ratio <= 1:
+        return ""
+    return f"run today, the reference is {ratio:.2g} x its finest round-off away from the golden: its code has changed"
 
 
 def rescore(

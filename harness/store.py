@@ -9,13 +9,10 @@ directory holds exactly the old golden or the new one.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from numpy.typing import NDArray
 
 from harness import suites
 from harness.errors import GoldenError, HarnessError
+from harness.files import content_digest, locked, readable_json, replace_file, sync
 from harness.numerics import metrics
 from harness.numerics.bounds import tie_factor
 from harness.numerics.constants import ALPHA_TOKENS, BUCKETS, PROJECTIONS
@@ -48,54 +46,20 @@ def write_golden(golden: Golden, directory: Path) -> None:
     payload = save(_arrays(golden))
     document = _document(golden)
     document["arrays"] = {"file": ARRAYS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
-    document["digest"] = _digest(document)
+    document["digest"] = content_digest(document)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with locked(directory):
         staged = directory / _staged_name(document["arrays"]["sha256"])
-        _replace(staged, payload)
-        _replace(directory / JSON_NAME, _readable(document).encode())
+        replace_file(staged, payload)
+        replace_file(directory / JSON_NAME, readable_json(document).encode())
         os.replace(staged, directory / ARRAYS_NAME)
-        _sync(directory)
+        sync(directory)
         for leftover in [*directory.glob(f"{ARRAYS_NAME}.*"), *directory.glob(".*.tmp")]:
             leftover.unlink(missing_ok=True)
 
 
 def _staged_name(digest: str) -> str:
     return f"{ARRAYS_NAME}.{digest[:16]}"
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One writer at a time: two would leave one's JSON beside the other's arrays."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _replace(path: Path, payload: bytes) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(payload)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _arrays(golden: Golden) -> dict[str, NDArray[Any]]:
@@ -173,28 +137,11 @@ def decidable_steps(golden: Golden) -> dict[str, NDArray[np.bool_]]:
     """Per precision, the generated steps whose margin exceeds what round-off can turn, [G]."""
     steps = max(1, int(golden.rows.generated.sum()))
     factor = tie_factor(steps, ALPHA_TOKENS)
-    return {
-        precision: metrics.margins(golden.centre_rows(precision.partition("/")[0]).top_logits) > factor * floor.pair
-        for precision, floor in golden.floors.items()
-    }
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    """Over the content, not the layout: whitespace may change, nothing else."""
-    content = {key: value for key, value in document.items() if key != "digest"}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _readable(value: Any, indent: str = "") -> str:
-    """JSON for people and for `git diff`: one key a line, a list of plain values on one line."""
-    deeper = indent + "  "
-    if isinstance(value, Mapping) and value:
-        members = (f"{deeper}{json.dumps(key)}: {_readable(item, deeper)}" for key, item in value.items())
-        return "{\n" + ",\n".join(members) + f"\n{indent}}}" + ("" if indent else "\n")
-    if isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
-        return "[\n" + ",\n".join(deeper + _readable(item, deeper) for item in value) + f"\n{indent}]"
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    with np.errstate(over="ignore"):  # a golden of others may hold any number; beyond all floats nothing is decidable
+        return {
+            precision: metrics.margins(golden.centre_rows(precision.partition("/")[0]).top_logits) > factor * floor.pair
+            for precision, floor in golden.floors.items()
+        }
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -249,7 +196,7 @@ def _read_document(path: Path) -> dict[str, Any]:
             fix="Record it again, or install the golden-harness that wrote it",
         )
     try:
-        sound = document.get("digest") == _digest(document)
+        sound = document.get("digest") == content_digest(document)
     except (ValueError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -305,6 +252,8 @@ def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
     if document["projections"] != GENERATOR:
         raise ValueError(f"its projections are {document['projections']!r}, and these are {GENERATOR!r}")
     vocabulary = int(document["vocabulary"])
+    if not 1 <= vocabulary < 2**31:
+        raise ValueError("a vocabulary of no or of too many tokens")
     requests = tuple(_request(prompt, vocabulary) for prompt in document["prompts"])
     generations = tuple(
         Generation(tokens=_ids(prompt["tokens"], vocabulary), finish=_finish(prompt["finish"]))

@@ -7,9 +7,12 @@ an axis of 2 says which: 0 prompt, 1 generated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +28,7 @@ Order = Literal["suite", "A-B-A"]
 View = Literal["generate", "replay", "prefill"]
 Finish = Literal["eos", "length"]
 Question = Literal["function", "precision"]
+Who = Literal["environment", "change", "both", "nobody", "unknown"]
 Level = Literal["logits", "top entries", "tokens", "nothing"]
 
 
@@ -214,6 +218,9 @@ class Trace:
     ``prompt_ids`` are the ids that the engine's own tokenizer gives, None where it has none.
     ``upcast`` is the trace of the same live candidate, its weights and buffers widened to float32 as they are
     (numerics.md 2.1, question F); None where it was not made, for the reason in ``upcast_reason``.
+    ``forced`` is the digest of the golden's prompts and tokens that were forced (`work_digest`); empty where the
+    candidate continued the suite's prompts on its own alone. ``quick`` says that only the quick runs were asked for.
+    ``limits`` says in words what the engine cannot show of itself, for the verdict to repeat.
     """
 
     engine: str
@@ -226,6 +233,15 @@ class Trace:
     passes: tuple[Pass, ...]
     upcast: Trace | None = None
     upcast_reason: str = ""
+    forced: str = ""
+    quick: bool = False
+    limits: tuple[str, ...] = ()
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, to be judged elsewhere."""
+        from harness.traces import save_trace
+
+        save_trace(self, path)
 
 
 # --- the golden --------------------------------------------------------------------------------
@@ -377,6 +393,16 @@ class Golden:
         return recentred(self.rows, self.centres.get(precision))
 
 
+def work_digest(golden: Golden) -> str:
+    """SHA-256 of what a candidate is given of a golden: prompt ids, forced tokens, limits and stop ids."""
+    content = [
+        list(golden.stop_ids),
+        [[list(one.prompt_ids), one.max_new_tokens] for one in golden.requests],
+        [list(tokens) for tokens in golden.continuations],
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
     """What the live reference said when it was asked at check time; all None where it was absent.
@@ -510,9 +536,47 @@ class PassSummary:
     seconds: float
 
 
+def worst_of(passes: Iterable[PassSummary], questions: Container[str] | None = None) -> PassSummary | None:
+    """The pass whose pooled error comes nearest to its own limit, None where none was measured."""
+    asked = [one for one in passes if questions is None or one.question in questions]
+    measured = [one for one in asked if one.ratio is not None and one.limit]
+    return max(measured, key=lambda one: (one.ratio or 0.0) / (one.limit or 1.0), default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """A version or setting that is another today than when the golden was recorded; None where it has none."""
+
+    name: str
+    golden: str | None
+    today: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blame:
+    """What the recorded reference does in today's environment, held against the same golden.
+
+    Attributes:
+        who: which of the two moved beyond round-off: the environment, the candidate's own change, or both.
+        message: the answer in words, with its figures.
+        status: of the reference, run again today.
+        ratio, limit: its error in units of round-off, and the limit from which that fails; None where not measured.
+    """
+
+    who: Who
+    message: str
+    status: Status
+    ratio: float | None = None
+    limit: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Status, findings and power of one candidate against one golden."""
+    """Status, findings and power of one candidate against one golden.
+
+    ``environment`` lists what is another today than when the golden was recorded; ``blame`` is there when the
+    reference was asked to run again.
+    """
 
     golden: str
     candidate: str
@@ -522,11 +586,17 @@ class Verdict:
     statistics: tuple[Statistic, ...] = ()
     passes: tuple[PassSummary, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: tuple[Difference, ...] = ()
+    blame: Blame | None = None
     seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
         return self.status.ok
+
+    def __bool__(self) -> bool:
+        """Whether it is ok: ``assert harness.check(...)`` must not pass because there is a verdict."""
+        return self.ok
 
     @property
     def power(self) -> Power | None:
@@ -553,3 +623,66 @@ class Verdict:
         from harness.report.terminal import verdict_to_text
 
         return verdict_to_text(self)
+
+
+# --- one golden against another ------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """How one prompt of a golden differs from the same prompt of another, from nothing to worst."""
+
+    SAME = "same"
+    DRIFT = "drift"
+    TIE = "tie"
+    BUG_SIZED = "bug-sized"
+    STRUCTURAL = "structural"
+
+    @property
+    def needs_reason(self) -> bool:
+        """Whether an update with it is refused without a reason."""
+        return self in (Kind.BUG_SIZED, Kind.STRUCTURAL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One prompt, in an old golden and a new one.
+
+    Attributes:
+        prompt: its id.
+        kind: `tie` where a token differs that round-off can turn, `drift` where only numbers moved, within round-off.
+        message: what changed, in words.
+        step: the first generated step whose token differs, None where none does.
+        margin: of that step in the old golden, in logits.
+        deviation: root mean square difference of the logits over the shared prefix, in units of the old golden's
+            round-off in its finest precision; None where it cannot be measured.
+        limit: the deviation from which it is bug-sized.
+    """
+
+    prompt: str
+    kind: Kind
+    message: str = ""
+    step: int | None = None
+    margin: float | None = None
+    deviation: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """All prompts of two goldens, and what is not of any prompt (``general``: model, suite, floors)."""
+
+    old: str
+    new: str
+    prompts: tuple[Change, ...]
+    general: tuple[Change, ...] = ()
+    environment: tuple[Difference, ...] = ()
+
+    @property
+    def worst(self) -> Kind:
+        order = list(Kind)
+        return max((one.kind for one in (*self.prompts, *self.general)), key=order.index, default=Kind.SAME)
+
+    def __str__(self) -> str:
+        from harness.report.terminal import changes_to_text
+
+        return changes_to_text(self)

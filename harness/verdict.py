@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.compare import Comparison
-from harness.values import Finding, Status, Verdict, overall
+from harness.comparison import Comparison
+from harness.values import Difference, Finding, Status, Verdict, overall
 
 __all__ = ["exit_code", "failed", "judge", "overall"]
 
 
 def judge(
-    comparison: Comparison, *, golden: str, candidate: str, settings: Mapping[str, Any], seconds: float
+    comparison: Comparison,
+    *,
+    golden: str,
+    candidate: str,
+    settings: Mapping[str, Any],
+    environment: tuple[Difference, ...] = (),
+    seconds: float = 0.0,
 ) -> Verdict:
     """The verdict on one comparison; without any finding everything was the same."""
     return Verdict(
@@ -24,6 +30,7 @@ def judge(
         statistics=comparison.statistics,
         passes=comparison.passes,
         settings=settings,
+        environment=environment,
         seconds=seconds,
     )
 

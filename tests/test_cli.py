@@ -8,67 +8,30 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from harness import cli, engines, reference_model
+from harness import engines, reference_model
 from harness.engines.hf import HFEngine
 from harness.models.recipes import RECIPES
 from harness.store import ARRAYS_NAME, JSON_NAME, read_golden
+from tests.commands import Ended, listing, refused, runner
 from tests.killing import ROOT, Forks
 from tests.support import read_json, write_model
 
 GOLDEN = "golden/small/small"
 RECORD = ("record", "--model", "golden/small/model", "--suite", "prompts/small.toml", "--out")
 COMMANDS = ((), ("check",), ("record",), ("models",), ("models", "list"), ("models", "build"), ("models", "table"),
-            ("power",), ("doctor",))  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
+            ("run",), ("compare",), ("lint",), ("power",), ("doctor",), ("schema",))  # fmt: skip
 
 
 @pytest.fixture
 def harness(monkeypatch, capsys):
     """Run the command in this process, as the entry point does."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return Ended(code=ended.value.code, out=printed.out, err=printed.err)
-
-    return run
-
-
-def listing(directory="."):
-    """Every path below a directory, with the bytes and the time of each file."""
-    return {
-        str(path): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
-        for path in Path(directory).rglob("*")
-    }
-
-
-def refused(ended, *words, code=2):
-    """Nothing on standard output, and on the other exactly one line with these words."""
-    assert ended.code == code, ended
-    assert ended.out == ""
-    assert len(ended.err.splitlines()) == 1, ended.err
-    assert ended.err.startswith("error: ")
-    assert "Traceback" not in ended.err
-    for word in words:
-        assert word in ended.err
-    return ended.err
+    return runner(monkeypatch, capsys)
 
 
 # --- without torch -----------------------------------------------------------------------------
@@ -99,6 +62,26 @@ MISTAKES = {
     "an unknown quantiser": (("check", GOLDEN, "-c", "hf:quantised=gptq"), ("quantised='gptq'", "e.g. int4-g128")),
     "unknown weights": (("check", GOLDEN, "-c", "hf:weights=int3"), ("weights='int3'", "int8, int4")),
     "unknown show": (("check", GOLDEN, "-c", "hf:show=text"), ("show='text'", "logits, top, tokens")),
+    "all with a trace": (("check", "--all", "--trace", "x"), ("--all takes its candidates from",)),
+    "two reports to one place": (
+        ("check", GOLDEN, "-c", "hf", "--json", "-", "--junit", "-"),
+        ("two reports cannot both go", "Name a file"),
+    ),
+    "a report nowhere": (("check", GOLDEN, "-c", "hf", "--junit", "no/where.xml"), ("--junit no/where.xml", "Make it")),
+    "a model without a suite": (("record", "--model", "x", "--out", "y"), ("--model and --suite go together",)),
+    "nothing to record": (("record", "--out", "y"), ("nothing to record from", "--model DIR")),
+    "parallel of an update": (
+        ("record", "--update", "--out", "y", "--tensor-parallel", "2"),
+        ("keeps the floors that are there",),
+    ),
+    "a run of nothing": (("run", "hf", "--trace", "x"), ("either --golden or --suite",)),
+    "a run of two things": (
+        ("run", "hf", "--golden", "a", "--suite", "b", "--trace", "x"),
+        ("either --golden or --suite",),
+    ),
+    "a run of an unknown engine": (("run", "hff", "--golden", "a", "--trace", "x"), ("no engine 'hff'",)),
+    "a trace nowhere": (("run", "hf", "--golden", "a", "--trace", "no/where"), ("--trace no/where",)),
+    "a trace on the terminal": (("run", "hf", "--golden", "a", "--trace", "-"), ("a trace is no text",)),
     "unknown recipe": (("models", "build", "bloom-tin"), ("no recipe 'bloom-tin'", "Did you mean 'bloom-tiny'?")),
 }
 #: What click refuses: it shows the usage first, and its last line says what is wrong.
@@ -106,6 +89,9 @@ MISUSES = {
     "unknown command": (("chekc",), "No such command 'chekc'"),
     "unknown option": (("check", "--quik"), "No such option"),
     "missing option": (("record", "--model", "x", "--suite", "y"), "Missing option '--out'"),
+    "a run without a file": (("run", "hf", "--golden", "x"), "Missing option '--trace'"),
+    "one golden to compare": (("compare", "a"), "Missing argument 'B'"),
+    "goldens of nowhere": (("lint", "nowhere"), "'nowhere' does not exist"),
     "a golden too many": (("check", "a", "b"), "Got unexpected extra argument (b)"),
     "steps of nothing": (("models", "build", "bloom-tiny", "--steps", "0"), "0 is not in the range"),
 }
@@ -161,7 +147,7 @@ def test_help_is_printed_without_torch(torchless, command):
 def test_the_help_names_every_command_and_exit_code(torchless):
     """The first page is complete."""
     text = torchless[("--help",)].out
-    commands = ("check", "record", "models", "power", "doctor")
+    commands = ("check", "record", "run", "compare", "lint", "models", "power", "doctor", "schema")
     for word in (*commands, "Exit codes: 0 ok", "1 failed", "2 bad input", "4 the engine"):
         assert word in text
 
@@ -274,15 +260,18 @@ def test_a_damaged_golden_is_one_line(home, harness, name, damage, words):
     assert not Path("marker").exists()
 
 
-def test_a_damaged_golden_stops_all(home, harness):
-    """`check --all` does not pass over a golden that it cannot read."""
+def test_a_damaged_golden_is_an_error_among_others(home, harness):
+    """`check --all` does not pass over a golden that it cannot read, and goes on with the others."""
     Path("golden/small/candidates.toml").write_text('quick = ["hf:dtype=float32"]\nfull = []\n', encoding="utf-8")
+    shutil.copytree(GOLDEN, "golden/small/another")
     _flip(home / GOLDEN / ARRAYS_NAME)
-    ended = harness("check", "--all", "--json", "verdicts.json")
-    assert ended.code == 2
-    assert "SHA-256" in ended.err
-    assert len(ended.err.splitlines()) == 1
-    assert not Path("verdicts.json").exists()
+    ended = harness("check", "--all", "--quick", "--json", "verdicts.json")
+    assert ended.code == 4
+    assert "SHA-256" in ended.out
+    verdicts = read_json(Path("verdicts.json"))
+
+    assert verdicts[1]["findings"][0]["check"] == "golden"
+    assert [one["status"] for one in verdicts] == ["identical", "error"]
 
 
 # --- paths that are wrong ----------------------------------------------------------------------
@@ -497,7 +486,7 @@ def test_json_has_both_answers_and_their_statistics(home, harness):
     """Of a 16-bit candidate the JSON says what each question was answered, by which numbers, and what was not seen."""
     ended = harness("check", GOLDEN, "-c", "hf:dtype=bfloat16", "--json", "-")
     [one] = json.loads(ended.out, parse_constant=pytest.fail)
-    assert (ended.code, one["version"]) == (0, 2)
+    assert (ended.code, one["version"]) == (0, 3)
     assert [answer["question"] for answer in one["answers"]] == ["function", "precision"]
     for answer in one["answers"]:
         assert set(answer) >= {"question", "status", "power", "effective"}
@@ -656,6 +645,7 @@ _COMMAND = """
 import contextlib, json
 import torch
 from harness import cli, flow
+from harness.cli import checks, records
 
 torch.set_num_threads(1)
 # Imports what a recording needs, once for all forks.
@@ -667,7 +657,7 @@ def announced(quiet=False):
     with open("../progress", "a", buffering=1) as opened:
         yield lambda text: opened.write(text + "\\n")
 
-cli._progress = announced
+checks.progress_line = records.progress_line = announced
 
 def work(line):
     sys.argv = ["harness", *json.loads(line)]

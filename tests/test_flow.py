@@ -15,6 +15,7 @@ import harness
 from harness import flow, store
 from harness.engines.hf import HFEngine, Options, block_layers
 from harness.errors import EngineError, GoldenError, HarnessError, ModelError, UsageError
+from harness.flow import running
 from harness.numerics import quantise
 from harness.numerics.constants import REPLICAS
 from harness.values import Centre, Moments, Status, Trace
@@ -480,9 +481,9 @@ def test_a_trace_is_judged_as_it_is(home):
     """A trace made elsewhere is asked what it can answer: its copy where it has one, else the reason it gives."""
     golden = harness.load_golden(SMALL)
     with HFEngine(Options(model="golden/small/model", dtype="bfloat16"), text="mine") as engine:
-        shipped = flow._run(golden, engine, golden.suite.runs, lambda _text: None)
+        shipped = running.forced_trace(engine, golden, upcast=False)
         with engine.upcast() as wide:
-            copied = flow._run(golden, wide, golden.suite.runs, lambda _text: None, ("replay", "prefill"))
+            copied = running._on_golden(golden, wide, golden.suite.runs, views=("replay", "prefill"))
     assert isinstance(shipped, Trace)
     both = harness.check(golden, replace(shipped, upcast=copied))
     assert both.ok, str(both)
@@ -739,7 +740,7 @@ def test_the_reference_is_needed_behind_a_divergence(home):
     """A free run that turned at a step is judged up to there by the golden; what follows needs the reference."""
     golden = harness.load_golden(SMALL)
     with HFEngine(Options(model="golden/small/model", dtype="bfloat16", show="tokens"), text="mine") as engine:
-        trace = flow._run(golden, engine, golden.suite.runs, lambda _text: None)
+        trace = running.forced_trace(engine, golden, upcast=False)
     turned = turned_at(golden, trace, request=0, step=1)
     far = replace(golden, directory=None)
     verdict = harness.check(far, turned)
@@ -756,7 +757,7 @@ def test_the_wrong_model_is_not_asked(home):
     """A trace is judged as far as the golden goes: another model beside it says nothing about what follows."""
     golden = harness.load_golden(SMALL)
     with HFEngine(Options(model="golden/small/model", dtype="bfloat16", show="tokens"), text="mine") as engine:
-        trace = flow._run(golden, engine, golden.suite.runs, lambda _text: None)
+        trace = running.forced_trace(engine, golden, upcast=False)
     write_model(home / "golden/small/model", seed=9)
     verdict = harness.check(golden, turned_at(golden, trace, request=0, step=1))
     assert not verdict.ok

@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 
 from harness import store
 from harness.errors import GoldenError
+from harness.files import content_digest
 from harness.store import ARRAYS_NAME, JSON_NAME, list_goldens, read_golden, write_golden
 from harness.values import Centre, Generation, Golden, Moments
 from tests.killing import Forks
@@ -135,7 +136,7 @@ def sign(directory, edit=lambda document: None):
     payload = (directory / ARRAYS_NAME).read_bytes()
     document["arrays"].update(sha256=hashlib.sha256(payload).hexdigest(), bytes=len(payload))
     edit(document)
-    document["digest"] = store._digest(document)
+    document["digest"] = content_digest(document)
     (directory / JSON_NAME).write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -564,7 +565,7 @@ def test_hostile_json_is_read_or_refused_never_a_crash(victim):
             for key in path[:-1]:
                 holder = holder[key]
             holder[path[-1]] = value
-            edited["digest"] = store._digest(edited)
+            edited["digest"] = content_digest(edited)
             (victim / JSON_NAME).write_text(json.dumps(edited), encoding="utf-8")
             try:
                 read_golden(victim)

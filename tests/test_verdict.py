@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.compare import Comparison
+from harness.comparison import Comparison
 from harness.values import PRECEDENCE, Answer, Finding, PassSummary, Power, Status, Verdict
 from harness.verdict import exit_code, failed, judge, overall
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from harness.engines import hf
+from harness.engines import hf, target
 from harness.engines.base import Engine
 from harness.engines.spec import Spec, parse_spec, suggest
 from harness.errors import UsageError
@@ -33,6 +33,11 @@ ENGINES: Mapping[str, Entry] = {
         build=hf.build,
         summary="a transformers causal language model, from a directory",
         packages=("torch", "transformers", "safetensors"),
+    ),
+    "py": Entry(
+        build=target.build,
+        summary="a port of yours: whatever a function of a Python module returns, py:MODULE:FUNCTION",
+        packages=("torch",),
     ),
 }
 

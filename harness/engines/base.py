@@ -27,11 +27,13 @@ class Engine(ABC):
         spec: the SPEC that names it in reports.
         declared: what that name promises, compared with ``settings``.
         capabilities: a subset of CAPABILITIES.
+        limits: what it cannot show of itself, in words that the verdict repeats.
     """
 
     spec: str
     declared: Mapping[str, Any]
     capabilities: frozenset[str]
+    limits: tuple[str, ...] = ()
 
     @abstractmethod
     def __enter__(self) -> Self:
@@ -52,6 +54,11 @@ class Engine(ABC):
     @abstractmethod
     def vocabulary(self) -> int:
         """Columns of the logits."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a text by the model's own configuration; empty where it names none."""
+        return frozenset()
 
     @abstractmethod
     def tokenize(self, suite: Suite) -> tuple[Request, ...] | None:

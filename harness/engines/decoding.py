@@ -51,6 +51,28 @@ class Decoder:
     prefill_tokens: int = 2**20
 
 
+def recomputing(decoder: Decoder) -> Decoder:
+    """The decoder of a step without a cache, made to decode: each step runs the whole prefix again.
+
+    The cost is quadratic, and the decode path itself is not what runs: for references, and never for a view.
+    """
+    import torch
+
+    def step(
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        attention_mask_BS: torch.Tensor,
+        cache: list[torch.Tensor],
+        keep: int,
+    ) -> torch.Tensor:
+        cache.append(input_ids_BT)
+        ids_BS = torch.cat(cache, dim=1)
+        keep = keep or input_ids_BT.shape[1]
+        return decoder.step(ids_BS, positions(attention_mask_BS), attention_mask_BS, None, keep)
+
+    return replace(decoder, step=step, new_cache=lambda _batch, _length: [])
+
+
 def plan_batches(lengths: Sequence[int], batch_size: int | None, tokens: int = 2**20) -> list[list[int]]:
     """Indices of the requests of each batch.
 

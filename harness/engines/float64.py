@@ -16,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.engines.base import Engine
+from harness.numerics.sketch import Sketcher
+from harness.values import Request
+
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS: Mapping[Any, Callable[[torch.Tensor], torch.Tensor]] = {
     torch.Tensor.float: torch.Tensor.double,
@@ -65,3 +69,23 @@ class Audit(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor) and leaf.dtype in self._narrow and leaf.numel():
                 self.violations.append(f"{func} makes {str(leaf.dtype).removeprefix('torch.')}")
         return result
+
+
+def narrow_operation(engine: Engine) -> str:
+    """The first operation of an open engine that makes a float below 32 bits, in words; empty where there is none."""
+    with Audit((torch.float16, torch.bfloat16)) as audit:
+        audited_steps(engine)
+    return audit.violations[0] if audit.violations else ""
+
+
+def audited_steps(engine: Engine) -> None:
+    """A padded prefill and a decode step; from an engine without a decode loop the prefill alone."""
+    ids = list(range(3, 11)) if engine.vocabulary > 11 else [0] * 8
+    requests = [
+        Request(id="audit-long", prompt_ids=tuple(ids), max_new_tokens=2),
+        Request(id="audit-padded", prompt_ids=tuple(ids[:3]), max_new_tokens=2),
+    ]
+    if "tokens" in engine.capabilities:
+        engine.generate(requests, batch_size=2, stop_ids=frozenset())
+    else:
+        engine.prefill(requests, [(ids[0],)] * 2, batch_size=2, sketcher=Sketcher(engine.vocabulary))

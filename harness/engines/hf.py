@@ -11,13 +11,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from harness import checkpoint, suites
-from harness.engines import decoding, hooks, spec
+from harness.engines import decoding, hooks, modules, spec
 from harness.engines.base import Engine
 from harness.environment import Quiet, thread_count, versions
 from harness.errors import EngineError, ModelError, UsageError
@@ -136,8 +135,8 @@ class HFEngine(Engine):
 
         self._stack.enter_context(torch.no_grad())
         if self._given is not None:
-            self._stack.callback(_restore_modes, [(module, module.training) for module in self._given.modules()])
-            self._model = self._given.eval()
+            self._stack.enter_context(modules.in_evaluation(self._given))
+            self._model = self._given
         else:
             self._model = self._load()
         self._cache_class = NOT_USED
@@ -263,11 +262,7 @@ class HFEngine(Engine):
     @property
     def stop_ids(self) -> frozenset[int]:
         """The end-of-sequence ids of the model's config and generation config, as `generate` takes them."""
-        found: set[int] = set()
-        for config in (self._text_config, self.model.generation_config):
-            eos = getattr(config, "eos_token_id", None)
-            found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        return frozenset(found)
+        return _stop_ids(self._text_config, self.model.generation_config)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -278,8 +273,8 @@ class HFEngine(Engine):
         return {
             "engine": "hf",
             "model": type(model).__name__,
-            "dtype": _common(str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()),
-            "buffers": _common(str(b.dtype).removeprefix("torch.") for b in model.buffers() if b.is_floating_point()),
+            "dtype": modules.dtypes(parameters),
+            "buffers": modules.dtypes(model.buffers()),
             "weights": self._weights,
             "quantised": self.options.quantised,
             "attn": getattr(model.config, "_attn_implementation", "unknown"),
@@ -288,7 +283,7 @@ class HFEngine(Engine):
             "batch": self.options.batch,
             "chunk": self._chunk,
             "threads": torch.get_num_threads(),
-            "device": _common(p.device.type for p in parameters),
+            "device": modules.common(p.device.type for p in parameters),
             "parameters": sum(p.numel() for p in parameters),
             "missing_tensors": list(self._missing),
             "checkpoint": None if identity is None else identity.digest,
@@ -415,7 +410,7 @@ class HFEngine(Engine):
         live, options, dtype = copy.deepcopy(self.model), self.options, "float64"
         if live.dtype != torch.float64:
             dtype = "float32"
-            live, options = _recast(live, dtype), replace(options, dtype=dtype)
+            live, options = modules.recast(live, torch.float32), replace(options, dtype=dtype)
         wide = HFEngine(options, text=f"{self.spec} (upcast to {dtype})", model=live)
         wide.declared = {**self.declared, **wide.declared}
         wide._weights, wide._missing, wide._identity = self._weights, self._missing, self.identity
@@ -423,15 +418,10 @@ class HFEngine(Engine):
         return wide
 
     def narrow_operation(self) -> str:
-        import torch
+        from harness.engines import float64
 
-        from harness.engines.float64 import Audit
-
-        if self.options.compile:
-            return ""  # what is compiled is not dispatched operation by operation
-        with Audit((torch.float16, torch.bfloat16)) as audit:
-            _audited_steps(self)
-        return audit.violations[0] if audit.violations else ""
+        # What is compiled is not dispatched operation by operation.
+        return "" if self.options.compile else float64.narrow_operation(self)
 
     def _need(self, capability: str) -> None:
         if capability not in self.capabilities:
@@ -512,17 +502,6 @@ def _declared(options: Options, device: str | None) -> dict[str, Any]:
     return {key: value for key, value in declared.items() if value is not None}
 
 
-def _common(words: Iterator[str]) -> str:
-    found = sorted(set(words))
-    return found[0] if len(found) == 1 else "+".join(found) or "none"
-
-
-def _restore_modes(modes: Sequence[tuple[torch.nn.Module, bool]]) -> None:
-    """Put each module back by itself: a frozen part of a model in training was in evaluation mode."""
-    for module, training in modes:
-        module.training = training
-
-
 def _closed(**_arguments: Any) -> Any:
     raise EngineError("the engine is closed", fix="Use it inside its with block")
 
@@ -576,6 +555,25 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
             f"{source} is an encoder-decoder model", fix="Only decoder-only (causal) language models can be checked"
         )
     return config
+
+
+def stop_ids_in(source: str) -> frozenset[int]:
+    """The end-of-sequence ids that a model directory names, as `HFEngine.stop_ids`."""
+    from transformers import GenerationConfig
+
+    generation = None
+    if (Path(source) / "generation_config.json").is_file():
+        with _model_errors(source):
+            generation = GenerationConfig.from_pretrained(source)
+    return _stop_ids(load_config(source).get_text_config(), generation)
+
+
+def _stop_ids(*configs: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for config in configs:
+        eos = getattr(config, "eos_token_id", None)
+        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return frozenset(found)
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
@@ -637,17 +635,6 @@ def context_length(config: Any) -> int | None:
 
 
 # --- precision ---------------------------------------------------------------------------------
-
-
-def _recast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """Convert weights and buffers to ``dtype`` in place, tensor by tensor."""
-    import torch
-
-    wanted = getattr(torch, dtype)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted)
-    return model
 
 
 def inexact_tensors(native: PreTrainedModel, dtype: str) -> list[str]:
@@ -717,20 +704,10 @@ def audit_float64(engine: HFEngine) -> list[str]:
 
     The engine must be open with ``dtype=float64``.
     """
-    from harness.engines.float64 import Audit
+    from harness.engines import float64
 
-    steps = partial(_audited_steps, engine)
-    with Audit() as audit:
-        steps()
+    with float64.Audit() as audit:
+        float64.audited_steps(engine)
     if not audit.operations:
         return ["the audit saw no operation at all"]
     return sorted(set(audit.violations))
-
-
-def _audited_steps(engine: HFEngine) -> None:
-    ids = list(range(3, 11)) if engine.vocabulary > 11 else [0] * 8
-    requests = [
-        Request(id="audit-long", prompt_ids=tuple(ids), max_new_tokens=2),
-        Request(id="audit-padded", prompt_ids=tuple(ids[:3]), max_new_tokens=2),
-    ]
-    engine.generate(requests, batch_size=2, stop_ids=frozenset())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from harness.engines.base import Engine
+from harness.environment import machine, versions
 from harness.numerics.sketch import Sketcher
 from harness.values import Pass, Request, Run, Suite, Trace, View
 
@@ -25,6 +27,7 @@ def run_suite(
     stop_ids: frozenset[int],
     vocabulary: int,
     views: tuple[View, ...] | None = None,
+    capabilities: frozenset[str] | None = None,
     progress: Progress = lambda _text: None,
 ) -> Trace:
     """Do the work of ``runs`` and condense what the engine shows.
@@ -38,26 +41,40 @@ def run_suite(
         stop_ids: ids that end a free run; empty where the suite ignores them.
         vocabulary: columns of the golden.
         views: only these of the views that the runs ask for; None is all.
+        capabilities: show no more than these would; None is all that the engine has.
         progress: called with a few words before each pass.
 
     Returns:
         The trace, with one pass for each run, view that the engine can show, and visit.
     """
+    able = engine.capabilities if capabilities is None else capabilities
     own = engine.tokenize(suite)
     passes: list[Pass] = []
-    for run, view, repeat, visit in planned(runs, requests, engine.capabilities, views):
+    for run, view, repeat, visit in planned(runs, requests, able, views):
         progress(f"{run.name}/{view}")
         passes.append(_one_pass(engine, run, view, repeat, visit, requests, continuations, stop_ids, vocabulary))
     return Trace(
         engine=engine.spec,
-        declared=dict(engine.declared),
-        settings=dict(engine.settings),
-        capabilities=engine.capabilities,
+        declared=_plain(engine.declared),
+        settings=_plain({"versions": versions(), "machine": machine(), **engine.settings}),
+        capabilities=able,
         vocabulary=engine.vocabulary,
         suite_digest=suite.digest,
         prompt_ids=None if own is None else tuple(request.prompt_ids for request in own),
         passes=tuple(passes),
+        limits=engine.limits,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON has, so that a trace is the same after it was written and read: an engine may show anything."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value)
 
 
 def views_of(run: Run, capabilities: frozenset[str]) -> tuple[View, ...]:

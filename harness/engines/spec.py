@@ -1,4 +1,7 @@
-"""Parse a SPEC, ``ENGINE[:key=value,...]``; values may be quoted."""
+"""Parse a SPEC, ``ENGINE[:key=value,...]`` or, for an engine with a target, ``ENGINE:TARGET[?key=value&...]``.
+
+Values may be quoted.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,23 @@ from typing import Any
 
 from harness.errors import UsageError
 
+#: Engines that are told by a target what to run, each with an example.
+TARGETS: Mapping[str, str] = {"py": "py:my_pkg.port:build?dtype=bfloat16"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """An engine's name and its options as text, as the user wrote them."""
+    """An engine's name and its options as text, as the user wrote them; ``target`` is empty where it takes none."""
 
     text: str
     engine: str
     options: Mapping[str, str]
+    target: str = ""
+
+
+def is_port(text: str) -> bool:
+    """Whether a text is the SPEC of a port rather than a directory."""
+    return text.partition(":")[0].strip() == "py"
 
 
 def parse_spec(text: str) -> Spec:
@@ -29,20 +41,25 @@ def parse_spec(text: str) -> Spec:
     engine, _, rest = text.strip().partition(":")
     if not engine:
         raise UsageError(f"the spec {text!r} names no engine", fix="Write ENGINE:key=value,..., e.g. hf:dtype=bfloat16")
+    engine, target, separator = engine.strip(), "", ","
+    if engine in TARGETS:
+        target, _, rest = rest.partition("?")
+        separator = "&"
     options: dict[str, str] = {}
-    for part in _split(rest, text):
+    for part in _split(rest, text, separator):
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"{part!r} in the spec {text!r} is not key=value", fix="Write e.g. hf:dtype=bfloat16")
+            example = TARGETS.get(engine, "hf:dtype=bfloat16")
+            raise UsageError(f"{part!r} in the spec {text!r} is not key=value", fix=f"Write e.g. {example}")
         if key.strip() in options:
             raise UsageError(f"the spec {text!r} gives {key.strip()!r} twice", fix="Keep one of them")
         options[key.strip()] = value.strip()
-    return Spec(text=text.strip(), engine=engine.strip(), options=options)
+    return Spec(text=text.strip(), engine=engine, options=options, target=target.strip())
 
 
-def _split(rest: str, text: str) -> list[str]:
+def _split(rest: str, text: str, separator: str) -> list[str]:
     lexer = shlex.shlex(rest, posix=True)
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters, lexer.escape = ",", True, "", ""
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters, lexer.escape = separator, True, "", ""
     try:
         return list(lexer)
     except ValueError:

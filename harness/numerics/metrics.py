@@ -68,7 +68,8 @@ def pair_noise(errors: Float64, units: NDArray[np.integer] | None = None) -> Flo
 def logits_at(ids: NDArray[np.int32], top_ids: NDArray[np.int32], top_logits: Float32) -> Float64:
     """Logits of ``ids`` [G, W] looked up among stored top entries [G, T]; NaN where one is not there, [G, W]."""
     hit = ids[:, :, None] == top_ids[:, None, :]
-    found = (hit * top_logits[:, None, :].astype(np.float64)).sum(axis=2)
+    # Not a product: a server that masks a token gives it minus infinity, and 0 x infinity is NaN.
+    found = np.where(hit, top_logits[:, None, :].astype(np.float64), 0.0).sum(axis=2)
     return np.where(hit.any(axis=2), found, np.nan)
 
 

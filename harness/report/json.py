@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from harness.values import Answer, Finding, PassSummary, Power, Statistic, Verdict
+from harness.values import Answer, Blame, Difference, Finding, PassSummary, Power, Statistic, Verdict
 
-#: Raised when a key changes its meaning or goes away.
-VERSION = 2
+#: Raised when a key changes its meaning or goes away; verdict.schema.json says the same.
+VERSION = 3
+_SCHEMA = "verdict.schema.json"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of an array of verdicts, which is what `harness check --json` writes."""
+    text = importlib.resources.files("harness.report").joinpath(_SCHEMA).read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
 
 
 def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
@@ -28,6 +38,8 @@ def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
             "statistics": [_fields(one, Statistic.__slots__) for one in verdict.statistics],
             "passes": [_fields(one, PassSummary.__slots__) for one in verdict.passes],
             "settings": verdict.settings,
+            "environment": [_fields(one, Difference.__slots__) for one in verdict.environment],
+            "blame": None if verdict.blame is None else _fields(verdict.blame, Blame.__slots__),
             "seconds": round(verdict.seconds, 3),
         }
     )
@@ -51,6 +63,8 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, frozenset)):
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)  # a set has no order, and a report that differs at random cannot be compared
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value

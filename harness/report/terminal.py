@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from harness.values import Answer, Finding, PassSummary, Status, Verdict
+from harness.report.characters import legal, one_line
+from harness.values import (
+    Answer,
+    Change,
+    Changes,
+    Difference,
+    Finding,
+    Kind,
+    PassSummary,
+    Status,
+    Verdict,
+    worst_of,
+)
 
 _STYLES = {"identical": "green", "drift": "green", "unmeasured": "yellow", "stale": "yellow"}
 
@@ -16,19 +30,56 @@ def style_of(verdict: Verdict) -> str:
 
 def verdict_to_text(verdict: Verdict) -> str:
     """The report of one check, plain text without a final newline."""
-    lines = [f"{verdict.status.value}: {verdict.candidate} against {verdict.golden}: {summary(verdict)}"]
-    shown = verdict.failures if not verdict.ok else verdict.findings
-    for finding, others in _worst_of_each_kind(shown):
-        lines += _finding(finding, others)
-    if verdict.answers and not verdict.ok:
-        lines += [f"  {line}" for line in _meaning(verdict)]
+    lines = [headline(verdict)]
+    if not verdict.ok:
+        lines += _findings(verdict.failures)
+        lines += _meaning(verdict)
+    if verdict.environment:
+        lines.append(f"environment: {environment_words(verdict.environment)}")
+    if verdict.blame is not None:
+        lines.append(f"blame: {'not known: ' if verdict.blame.who == 'unknown' else ''}{verdict.blame.message}")
     unmeasured = [reason for one in verdict.answers if one.power is not None for reason in one.power.unmeasured]
-    lines += [f"  not seen: {reason}" for reason in dict.fromkeys(unmeasured)]
-    return "\n".join(lines)
+    lines += [f"not seen: {reason}" for reason in dict.fromkeys(unmeasured)]
+    command = None if verdict.ok else _next_command(verdict)
+    if command is not None:
+        lines.append(f"next: {command}")
+    # A port's exception may be of several lines: they stay inside the block of the line that they belong to.
+    return "\n  ".join(legal(line).replace("\n", "\n      ") for line in lines)
+
+
+def headline(verdict: Verdict) -> str:
+    """All of a check that is well in one line; of any other the status and the figures."""
+    line = f"{verdict.status.value}: {verdict.candidate} against {verdict.golden}: {summary(verdict)}"
+    seen = list(dict.fromkeys(finding.check for finding in verdict.findings)) if verdict.ok else []
+    told = [finding.message for finding in verdict.findings if verdict.ok and finding.check == "effective precision"]
+    return one_line("; ".join([line + (f", drift in {', '.join(seen)}" if seen else ""), *dict.fromkeys(told)]))
+
+
+def environment_words(differences: Iterable[Difference]) -> str:
+    """What is another today than when the golden was recorded: "torch 2.12 -> 2.13, threads 1 -> 2"."""
+    return ", ".join(f"{one.name} {one.golden or 'not recorded'} -> {one.today or 'none'}" for one in differences)
+
+
+def _next_command(verdict: Verdict) -> str | None:
+    """What to run next; None where nothing was compared, since the finding's own fix is then all there is to do."""
+    if not verdict.answers and any(finding.fix for finding in verdict.failures):
+        return None
+    blame, moved = verdict.blame, verdict.status in (Status.DEVIATES, Status.NONDETERMINISTIC)
+    if moved and verdict.environment and blame is None:
+        return (
+            "the same check with --blame-environment (in Python blame_environment=True) says whether the environment "
+            "did this or the change"
+        )
+    if blame is not None and blame.who == "environment":
+        return (
+            "the same check in the versions of the golden; to take today's for right, record it again "
+            "(harness record ... --update --reason TEXT)"
+        )
+    return "the same check with --json FILE (in Python verdict.to_dict()) gives every finding, statistic and limit"
 
 
 def _meaning(verdict: Verdict) -> list[str]:
-    """What it means which of the two questions failed."""
+    """Both answers, and what it means which of the two questions failed."""
     by_question = {answer.question: answer.status for answer in verdict.answers}
     lines = [f"{_ASKED[answer.question]} {_said(answer)}" for answer in verdict.answers]
     function, precision = by_question.get("function"), by_question.get("precision")
@@ -60,7 +111,7 @@ def summary(verdict: Verdict) -> str:
     if power is None:
         return "not compared"
     parts = []
-    worst = worst_pass(verdict)
+    worst = worst_of(verdict.passes)
     if worst is not None:
         precision = _precision(verdict, worst)
         parts.append(f"error {worst.ratio:.2f} x round-off in {precision} (fails from {worst.limit:.2f})")
@@ -78,12 +129,6 @@ def _precision(verdict: Verdict, one: PassSummary) -> str:
     powers = {answer.question: answer.power for answer in verdict.answers}
     power = powers.get(one.question)
     return "?" if power is None else power.precision
-
-
-def worst_pass(verdict: Verdict) -> PassSummary | None:
-    """The pass whose pooled error comes nearest to its own limit, None where none was measured."""
-    measured = [one for one in verdict.passes if one.ratio is not None and one.limit]
-    return max(measured, key=lambda one: (one.ratio or 0.0) / (one.limit or 1.0), default=None)
 
 
 def token_words(verdict: Verdict) -> str:
@@ -104,20 +149,33 @@ def _worst_of_each_kind(findings: Sequence[Finding]) -> list[tuple[Finding, int]
 
 
 def _severity(finding: Finding) -> float:
-    return (finding.measured or 0.0) / (finding.allowed or 1.0)
+    ratio = (finding.measured or 0.0) / (finding.allowed or 1.0)
+    return math.inf if math.isnan(ratio) else ratio
+
+
+def _findings(findings: Sequence[Finding]) -> list[str]:
+    """The worst of each kind; what to do is said once, under the last of those that share it."""
+    kinds = _worst_of_each_kind(findings)
+    last = {finding.fix: index for index, (finding, _) in enumerate(kinds)}
+    lines = []
+    for index, (finding, others) in enumerate(kinds):
+        lines += _finding(finding, others)
+        if finding.fix and last[finding.fix] == index:
+            lines.append(f"  next: {finding.fix}")
+    return lines
 
 
 def _finding(finding: Finding, others: int) -> list[str]:
-    lines = [f"  {finding.status.value} ({finding.question}): {finding.check}: {finding.message}"]
+    lines = [f"{finding.status.value} ({finding.question}): {finding.check}: {finding.message}"]
+    beside = f"{others} more such finding{'s' if others > 1 else ''}; --json has all" if others else ""
     if finding.where:
-        beside = f" ({others} more such findings; --json has all)" if others else ""
-        lines.append(f"    worst at {finding.where}{beside}")
+        lines.append(f"  worst at {finding.where}{f' ({beside})' if beside else ''}")
+    elif beside:
+        lines.append(f"  {beside}")
     if finding.measured is not None and finding.allowed is not None:
-        lines.append(f"    measured {finding.measured:.3g}, allowed {finding.allowed:.3g}: {finding.why}")
+        lines.append(f"  measured {finding.measured:.3g}, allowed {finding.allowed:.3g}: {finding.why}")
     elif finding.why:
-        lines.append(f"    why: {finding.why}")
-    if finding.fix:
-        lines.append(f"    next: {finding.fix}")
+        lines.append(f"  why: {finding.why}")
     return lines
 
 
@@ -139,10 +197,69 @@ def table_header() -> str:
 
 def table_row(verdict: Verdict) -> str:
     """One check as a row of the table."""
-    worst, power = worst_pass(verdict), verdict.power
+    *cells, seconds = table_cells(verdict)
+    return "".join(cell.ljust(width - 1) + " " for cell, (_, width) in zip(cells, _COLUMNS, strict=True)) + seconds
+
+
+def table_titles() -> tuple[str, ...]:
+    """Of the columns of a table of checks."""
+    return (*(title for title, _ in _COLUMNS), "seconds")
+
+
+def table_cells(verdict: Verdict) -> tuple[str, ...]:
+    """One check, a cell for each of `table_titles`."""
+    worst, power = worst_of(verdict.passes), verdict.power
     ratio = "-" if worst is None else f"{worst.ratio:.2f} (limit {worst.limit:.2f})"
     decidable = "-" if power is None or not power.steps else f"{power.coverage:.1%}"
     tokens = "-" if power is None else token_words(verdict).removesuffix(" tokens differ") + " differ"
-    cells: Sequence[str] = (verdict.status.value, verdict.golden, verdict.candidate, ratio, tokens, decidable)
-    padded = "".join(cell.ljust(width - 1) + " " for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
-    return padded + f"{verdict.seconds:.1f}"
+    seconds = f"{verdict.seconds:.1f}"
+    names = one_line(verdict.golden), one_line(verdict.candidate)
+    return (verdict.status.value, *names, ratio, tokens, decidable, seconds)
+
+
+# --- one golden against another ------------------------------------------------------------------
+
+
+def changes_to_text(changes: Changes) -> str:
+    """What an update would change: one line where it is nothing, else a line a prompt that is not the same."""
+    if changes.worst is Kind.SAME and not changes.environment:
+        return one_line(f"{changes.old} -> {changes.new}: nothing has changed in {len(changes.prompts)} prompts")
+    counts = Counter(one.kind for one in changes.prompts)
+    prompts = ", ".join(f"{counts[kind]} {kind.value}" for kind in reversed(Kind) if counts[kind]) or "none"
+    header = f"{changes.old} -> {changes.new}: prompts: {prompts}; worst: {changes.worst.value}"
+    shown = _by_severity(one for one in changes.prompts if one.kind is not Kind.SAME)
+    lines = _aligned([_CHANGE_TITLES, *map(_change_cells, shown)]) if shown else []
+    lines += [one_line(f"{one.prompt}: {one.kind.value}: {one.message}") for one in _by_severity(changes.general)]
+    if changes.environment:
+        lines.append(one_line(f"environment: {environment_words(changes.environment)}"))
+    return "\n  ".join([one_line(header), *lines])
+
+
+#: Columns of the prompts that changed.
+_CHANGE_TITLES = ("prompt", "kind", "differs from", "margin", "deviation", "what")
+
+
+def _by_severity(changes: Iterable[Change]) -> list[Change]:
+    """Worst first; of one kind the one furthest beyond its limit."""
+    kinds = list(Kind)
+    return sorted(changes, key=lambda one: (-kinds.index(one.kind), -(one.deviation or 0.0) / (one.limit or 1.0)))
+
+
+def _change_cells(one: Change) -> tuple[str, ...]:
+    return (
+        one.prompt,
+        one.kind.value,
+        "-" if one.step is None else f"step {one.step}",
+        "-" if one.margin is None else f"{one.margin:.2g}",
+        "-" if one.deviation is None else f"{one.deviation:.3g} (limit {one.limit:.3g})",
+        one_line(one.message),
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells of rows one under another; the last column is as long as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]])
+        for row in rows
+    ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from harness.engines import hf
+from harness.engines import float64, hf
 from harness.engines.float64 import Audit, Float64Lift
 from harness.engines.spec import parse_spec
 from harness.values import Request
@@ -151,7 +151,7 @@ def test_a_hidden_cast_is_seen(models, hide):
 
 def test_an_audit_that_saw_nothing_is_no_proof(models, monkeypatch):
     """An audit without a single operation fails."""
-    monkeypatch.setattr(hf, "_audited_steps", lambda _engine: None)
+    monkeypatch.setattr(float64, "audited_steps", lambda _engine: None)
     with float64_engine(models / "gpt2") as engine:
         assert hf.audit_float64(engine) == ["the audit saw no operation at all"]
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from harness.engines import ENGINES, build_engine, hf, spec
+from harness.engines import ENGINES, build_engine, hf, spec, target
 from harness.errors import UsageError
 
 READERS = {"size": spec.positive, "fast": spec.flag, "kernel": spec.one_of("eager", "sdpa"), "where": str}
@@ -66,6 +66,41 @@ def test_refuses(text, problem):
     assert problem in refusal(spec.parse_spec, text).problem
 
 
+@pytest.mark.parametrize(
+    ("text", "target", "options"),
+    [
+        ("py:port:build", "port:build", {}),
+        (" py:my_pkg.port:Ports.build ", "my_pkg.port:Ports.build", {}),
+        ("py:port:build?", "port:build", {}),
+        ("py:port:build?dtype=bfloat16", "port:build", {"dtype": "bfloat16"}),
+        ("py:port:build?dtype=bfloat16&device=cuda:1&batch=4", "port:build",
+         {"dtype": "bfloat16", "device": "cuda:1", "batch": "4"}),
+        ("py:port:build?model=a,b?c=d", "port:build", {"model": "a,b?c=d"}),
+        ("py:port:build?model='a&b'&batch=2", "port:build", {"model": "a&b", "batch": "2"}),
+        ("py", "", {}),
+        ("py:port", "port", {}),
+    ],
+)  # fmt: skip
+def test_parses_a_target(text, target, options):
+    """Everything up to the question mark is the target, and the options are joined by ampersands."""
+    parsed = spec.parse_spec(text)
+    assert (parsed.engine, parsed.target, dict(parsed.options)) == ("py", target, options)
+    assert spec.parse_spec("hf:dtype=float32").target == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("py:port:build?bfloat16", "'bfloat16' in the spec 'py:port:build?bfloat16' is not key=value"),
+        ("py:port:build?batch=1&batch=2", "gives 'batch' twice"),
+        ("py:port:build?model='a", "has an open quote"),
+    ],
+)
+def test_refuses_options_of_a_target(text, problem):
+    """What cannot be read after the question mark is named as elsewhere, with an example of such a spec."""
+    assert problem in refusal(spec.parse_spec, text).problem
+
+
 _NAME = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_"), min_size=1, max_size=8)
 _VALUE = st.text(st.characters(exclude_characters="'", exclude_categories=["Cs", "Cc"]), max_size=20).map(str.strip)
 
@@ -80,7 +115,16 @@ def test_round_trip(engine, options):
     assert (parsed.engine, dict(parsed.options)) == (engine, options)
 
 
-@given(text=st.text(max_size=30))
+@given(target=_NAME, options=st.dictionaries(_NAME, _VALUE, max_size=4))
+@settings(deadline=None)
+def test_round_trip_of_a_target(target, options):
+    """The same for the options of a target."""
+    text = f"py:{target}:{target}?" + "&".join(f"{key}='{value}'" for key, value in options.items())
+    parsed = spec.parse_spec(text)
+    assert (parsed.target, dict(parsed.options)) == (f"{target}:{target}", options)
+
+
+@given(text=st.text(max_size=30) | st.text(max_size=30).map("py:{}".format))
 @settings(deadline=None)
 def test_any_text_is_a_spec_or_a_usage_error(text):
     """No text ends in a traceback."""
@@ -177,6 +221,44 @@ def test_unknown_engine_key_and_value(text, problem, fix):
     error = refusal(build_engine, text, model="nowhere")
     assert problem in error.problem
     assert fix in error.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "fix"),
+    [
+        ("py", "names no target", "py:MODULE:FUNCTION"),
+        ("py:?dtype=float32", "names no target", "e.g. py:my_pkg.port:build"),
+        ("py:port", "'port' of the spec 'py:port' is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py:port:", "is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py::build", "is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py:.port:build", "is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py:port:build()", "is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py:port:build,dtype=float32", "is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py:my-port:build", "is not MODULE:FUNCTION", "options follow a question mark"),
+        ("py:port.py:build", "'port.py' in the spec 'py:port.py:build' is a file", "without .py"),
+        ("py:pkg/port:build", "is a file", "with dots"),
+        ("py:port:build?dtyp=float32", "no key 'dtyp'", "Did you mean 'dtype'?"),
+        ("py:port:build?target=a:b", "no key 'target'", "There are: batch, deterministic, device"),
+        ("py:port:build?dtype=int8", "dtype='int8'", "float32"),
+        ("py:port:build?batch=0", "batch='0'", "a whole number"),
+        ("py:port:build?deterministic=yes", "deterministic='yes'", "true or false"),
+    ],
+)
+def test_a_target_that_cannot_be_one(text, problem, fix):
+    """The form of a target is looked at when the engine is made, without importing anything."""
+    error = refusal(build_engine, text)
+    assert problem in error.problem
+    assert fix in error.fix
+
+
+def test_a_port_declares_what_its_spec_says():
+    """Settings that the spec names are promises; what it does not name is none."""
+    engine = build_engine("py:port:build?dtype=bfloat16&device=cuda:1&batch=4&threads=2&deterministic=true", model="m")
+    assert isinstance(engine, target.PyEngine)
+    assert dict(engine.declared) == {"dtype": "bfloat16", "device": "cuda", "batch": 4, "threads": 2}
+    assert (engine.options.target, engine.options.model, engine.options.deterministic) == ("port:build", "m", True)
+    assert dict(build_engine("py:port:build").declared) == {}
+    assert build_engine("py:port:build?model=mine", model="other").options.model == "mine"
 
 
 def test_an_engine_without_its_packages_says_so(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.values import Status
 from harness.verdict import overall
-from tests.compare import literal
+from tests.comparison import literal
 
 #: Candidates that are judged against one golden, before another is drawn.
 EACH = 20

@@ -9,7 +9,7 @@ from harness.numerics import bounds, constants, quantise, statistics
 HARNESS = Path(constants.__file__).parents[1]
 SOURCE = Path(constants.__file__)
 NUMERICS = [HARNESS / "numerics" / f"{name}.py" for name in ("bounds", "moments", "statistics")]
-JUDGES = sorted([*HARNESS.glob("compare/*.py"), *NUMERICS, HARNESS / "verdict.py"])
+JUDGES = sorted([*HARNESS.glob("comparison/*.py"), *NUMERICS, HARNESS / "verdict.py"])
 
 #: Numbers that a formula may hold: nothing, halves, wholes and doubles are no bounds.
 _PLAIN = {0.0, 0.5, 1.0, 2.0}

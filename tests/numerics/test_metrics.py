@@ -121,6 +121,13 @@ def test_pair_noise_has_a_floor():
     assert found[1] == pytest.approx(PAIR_FLOOR * np.sqrt(np.sum(np.delete(found, 1) ** 2) / 4), rel=1e-12)
 
 
+def test_a_masked_entry_spoils_no_other():
+    """A token that a server masks with minus infinity has that logit, and the others keep theirs."""
+    ids = np.array([[9, 5, 4]], dtype=np.int32)
+    found = metrics.logits_at(ids, ids, np.array([[2.0, 1.0, -np.inf]], dtype=np.float32))
+    assert found.tolist() == [[2.0, 1.0, -np.inf]]
+
+
 def test_logits_at_looks_up_by_token():
     """Logits are found by token id and not by place; a token that is not stored is NaN, not 0."""
     top_ids = np.array([[5, 3, 9], [1, 2, 3]], dtype=np.int32)

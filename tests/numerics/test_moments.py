@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from harness.numerics import moments, sketch
 from harness.numerics.constants import DEFICIT_CLIP, PAIR_TOP
 from harness.values import Moments
-from tests.compare import literal
-from tests.compare.literal import Shape
+from tests.comparison import literal
+from tests.comparison.literal import Shape
 
 SHAPE = Shape(vocabulary=25, prompts=(1, 6, 3), steps=4)
 LARGEST = ("largest", "top_largest")

@@ -9,8 +9,8 @@ from harness.numerics import metrics, sketch, statistics
 from harness.numerics.constants import BUCKETS
 from harness.numerics.moments import Scale, measure, norms_of, scale_of
 from harness.values import Floor, Rows
-from tests.compare import literal
-from tests.compare.literal import Shape
+from tests.comparison import literal
+from tests.comparison.literal import Shape
 from tests.numerics import independent
 
 SHAPES = st.builds(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import types
+import typing
+from enum import StrEnum
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.values import Answer, Finding, PassSummary, Power, Statistic, Status, Verdict
-from tests.compare import literal
+from harness import values
+from harness.report.json import VERSION, schema, verdict_to_dict
+from harness.values import Answer, Blame, Difference, Finding, PassSummary, Power, Statistic, Status, Verdict
+from tests.comparison import literal
+from tests.report import verdicts
 
 _POWER = Power(precision="float32", level="logits", positions=3, steps=2, decidable=1, smallest=3.0, unmeasured=("x",))
 _STATISTIC = Statistic(
@@ -104,3 +112,177 @@ def test_a_real_comparison_can_be_written(size):
     assert {one["question"] for one in data["statistics"]} == {"function", "precision"}
     assert len(data["statistics"]) == len(comparison.statistics)
     assert len(data["passes"]) == 4
+
+
+def test_environment_and_blame_are_told():
+    """What is another today is a list, the blame an object; null and an empty list where there is neither."""
+    bare = _verdict().to_dict()
+    assert (bare["environment"], bare["blame"]) == ([], None)
+    data = _verdict(environment=(_MOVED,), blame=_BLAME).to_dict()
+    assert data["environment"] == [{"name": "torch", "golden": "2.12", "today": None}]
+    assert data["blame"] == {
+        "who": "change", "message": "your change did this", "status": "identical", "ratio": 1.5, "limit": None,
+    }  # fmt: skip
+    assert data["version"] == VERSION == 3
+
+
+def test_a_set_has_an_order():
+    """A set among the settings is written sorted, so that two reports of one check are the same."""
+    assert _verdict(settings={"show": frozenset("cab")}).to_dict()["settings"]["show"] == ["a", "b", "c"]
+
+
+# --- the schema --------------------------------------------------------------------------------
+
+_MOVED = Difference(name="torch", golden="2.12", today=None)
+_BLAME = Blame(who="change", message="your change did this", status=Status.IDENTICAL, ratio=1.5, limit=math.inf)
+#: Which dataclass each object of the schema describes, and what is computed from its fields.
+_OBJECTS = {
+    "verdict": (Verdict, {"version", "ok", "exit_code", "power"}),
+    "finding": (Finding, set()),
+    "answer": (Answer, set()),
+    "power": (Power, {"coverage"}),
+    "statistic": (Statistic, set()),
+    "pass": (PassSummary, set()),
+    "difference": (Difference, set()),
+    "blame": (Blame, set()),
+}
+_NAMES = {kind: name for name, (kind, _) in _OBJECTS.items()}
+
+
+def _resolved(part):
+    """A part of the schema with the definition that it refers to in the place of the reference."""
+    return schema()["$defs"][part["$ref"].removeprefix("#/$defs/")] if "$ref" in part else part
+
+
+def _types(part):
+    """JSON types that a part of the schema allows."""
+    allowed = _resolved(part)["type"]
+    return {allowed} if isinstance(allowed, str) else set(allowed)
+
+
+def _holds(part, kind):
+    """Whether a part of the schema describes what a field of this Python type becomes."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return part == {"$ref": f"#/$defs/{_NAMES[kind]}"}
+    if origin in (typing.Union, types.UnionType):
+        [some] = [one for one in inner if one is not type(None)]
+        if dataclasses.is_dataclass(some):
+            return [_holds(part["oneOf"][0], some), part["oneOf"][1]] == [True, {"type": "null"}]
+        return _types(part) == {{float: "number", str: "string"}[some], "null"}
+    if origin is tuple and inner[-1] is Ellipsis:
+        return _types(part) == {"array"} and _holds(part["items"], inner[0])
+    if origin is tuple:
+        part = _resolved(part)
+        sizes = (part["minItems"], part["maxItems"])
+        return sizes == (len(inner),) * 2 and all(_holds(part["items"], one) for one in inner)
+    if origin is typing.Literal:
+        return _resolved(part)["enum"] == list(inner)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return _resolved(part)["enum"] == [one.value for one in kind]
+    plain = {str: {"string"}, int: {"integer"}, bool: {"boolean"}, float: {"number", "null"}}
+    return _types(part) == plain.get(kind, {"object"})
+
+
+def _fields():
+    for name, (kind, _) in _OBJECTS.items():
+        for field, hint in typing.get_type_hints(kind, vars(values)).items():
+            yield pytest.param(name, field, hint, id=f"{name}.{field}")
+
+
+@pytest.mark.parametrize(("name", "field", "hint"), list(_fields()))
+def test_every_field_has_its_type_in_the_schema(name, field, hint):
+    """A field of a dataclass is in the schema as what it becomes in JSON: enums by their values, numbers nullable."""
+    part = schema()["$defs"][name]["properties"][field]
+    if (name, field) == ("verdict", "seconds"):
+        assert _types(part) == {"number"}  # our own clock gives no NaN
+    else:
+        assert _holds(part, hint), (part, hint)
+
+
+@pytest.mark.parametrize("name", _OBJECTS)
+def test_the_schema_has_every_field_and_no_other(name):
+    """Fields and what is computed from them, all required, nothing else allowed, each with a description."""
+    kind, computed = _OBJECTS[name]
+    part = schema()["$defs"][name]
+    names = {field.name for field in dataclasses.fields(kind)} | computed
+    assert set(part["properties"]) == set(part["required"]) == names
+    assert part["additionalProperties"] is False
+    assert part["description"]
+    for field in part["properties"].values():
+        assert field.get("description") or _resolved(field).get("description"), field
+
+
+def test_the_schema_is_a_schema():
+    """It is valid under draft 2020-12, of the version that is written, named without a host, and defines no orphan."""
+    whole = schema()
+    jsonschema.Draft202012Validator.check_schema(whole)
+    assert whole["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert "/" not in whole["$id"]
+    assert whole["$defs"]["verdict"]["properties"]["version"]["const"] == VERSION
+    shared = {"status", "question", "view", "number", "interval"}
+    assert set(whole["$defs"]) == set(_OBJECTS) | shared
+    assert all(f'"#/$defs/{name}"' in json.dumps(whole) for name in whole["$defs"])
+
+
+def test_the_schema_knows_which_statuses_are_ok():
+    """Status, ok and exit code go together as they do in the code."""
+    found = {}
+    for case in schema()["$defs"]["verdict"]["oneOf"]:
+        ok, code = case["properties"]["ok"]["const"], case["properties"]["exit_code"]["const"]
+        found |= dict.fromkeys(case["properties"]["status"]["enum"], (ok, code))
+    assert found == {one.value: (one.ok, one.exit_code) for one in Status}
+    codes = schema()["$defs"]["verdict"]["properties"]["exit_code"]["enum"]
+    assert codes == sorted({one.exit_code for one in Status})
+
+
+def _validate(*data):
+    """Hold verdicts, as they would be read back from a file, to the schema."""
+    written = json.loads(json.dumps(data, allow_nan=False))
+    jsonschema.validate(written, schema(), cls=jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_literal_verdicts_are_valid(status):
+    """A verdict of each status, with and without all that is optional."""
+    full = verdicts.verdict(status, environment=(_MOVED,), blame=_BLAME, statistics=(_STATISTIC,))
+    _validate(verdicts.verdict(status).to_dict(), full.to_dict())
+    _validate(_verdict().to_dict())
+
+
+def test_real_verdicts_are_valid(real_verdicts):
+    """What real checks give is what the schema says: ok, failed and blamed, stale, unmeasured, error."""
+    data = {kind: verdict_to_dict(one) for kind, one in real_verdicts.items()}
+    statuses = {kind: one["status"] for kind, one in data.items()}
+    assert statuses.pop("ok") in ("identical", "drift")
+    assert statuses == {"failed": "deviates", "stale": "stale", "unmeasured": "unmeasured", "error": "error"}
+    _validate(*data.values())
+    assert data["failed"]["blame"]["who"] == "change"
+    assert [one["name"] for one in data["failed"]["environment"]] == ["torch"]
+    assert data["ok"]["environment"] == []
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"surprise": 1},
+        {"status": "fine"},
+        {"version": 2},
+        {"ok": True},
+        {"exit_code": 0},
+        {"status": "identical"},
+        {"blame": {}},
+        {"environment": [{"name": "torch", "golden": 2, "today": "3"}]},
+        {"findings": [{"status": "deviates"}]},
+        {"seconds": "1"},
+    ],
+)
+def test_the_schema_is_strict(broken):
+    """Another key, value or type, a missing key, and an ok that is none are refused."""
+    whole = verdicts.verdict(Status.DEVIATES).to_dict()
+    _validate(whole)
+    with pytest.raises(jsonschema.ValidationError):
+        _validate(whole | broken)
+    for key in whole:
+        with pytest.raises(jsonschema.ValidationError):
+            _validate({name: value for name, value in whole.items() if name != key})

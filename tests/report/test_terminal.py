@@ -7,32 +7,21 @@ from dataclasses import replace
 import pytest
 
 from harness.report import terminal
-from harness.values import Answer, Finding, PassSummary, Power, Status, Verdict
+from harness.values import Answer, Blame, Difference, Status, Verdict
+from tests.report.verdicts import FINDING as _FINDING
+from tests.report.verdicts import PASS as _PASS
+from tests.report.verdicts import POWER as _POWER
+from tests.report.verdicts import verdict as _of
 
-_POWER = Power(precision="bfloat16", level="logits", positions=900, steps=100, decidable=97, smallest=1.9)
 _WIDE = replace(_POWER, precision="float32", smallest=4.2)
-_PASS = PassSummary(
-    question="precision", run="batched", view="replay", repeat=0, ratio=0.98, limit=1.9, flips=2, steps=100, seconds=1.0
-)
 _SHIPPED = Answer(question="precision", status=Status.IDENTICAL, power=_POWER)
 _FUNCTION = Answer(question="function", status=Status.IDENTICAL, power=_WIDE)
-_GOOD = Verdict(
-    golden="m/core",
-    candidate="hf:dtype=bfloat16",
-    status=Status.IDENTICAL,
-    findings=(),
-    answers=(_SHIPPED,),
-    passes=(_PASS,),
-)
-_FINDING = Finding(
-    status=Status.DEVIATES,
-    check="error",
-    message="the error is 40 x the reference's own round-off",
-    where="batched/replay, all positions",
-    measured=40.0,
-    allowed=1.9,
-    why="t(20) quantile",
-    fix="compare module by module",
+_GOOD = _of()
+_MOVED = (
+    Difference(name="torch", golden="2.12", today="2.13"),
+    Difference(name="threads", golden="1", today="2"),
+    Difference(name="scipy", golden=None, today="1.17"),
+    Difference(name="apex", golden="0.9", today=None),
 )
 
 
@@ -57,6 +46,111 @@ def test_a_failure_says_everything():
     for word in ("deviates", "40 x", "batched/replay, all positions", "measured 40", "allowed 1.9", "t(20)", "next:"):
         assert word in text
     assert "deviates (precision): error:" in text
+
+
+def test_what_is_to_be_done_is_said_once():
+    """Findings that share a fix say it under the last of them; another fix stands where it belongs."""
+    last = replace(_FINDING, check="tokens", fix="look at the tie")
+    findings = (_FINDING, last, replace(_FINDING, check="gain"), replace(_FINDING, question="function"))
+    lines = str(replace(_GOOD, status=Status.DEVIATES, findings=findings)).splitlines()
+    fixes = [number for number, line in enumerate(lines) if line.startswith("    next: ")]
+    assert [lines[number] for number in fixes] == ["    next: look at the tie", "    next: compare module by module"]
+    heads = [number for number, line in enumerate(lines) if line.startswith("  deviates (")]
+    assert heads[1] < fixes[0] < heads[2]
+    assert fixes[1] > heads[3]
+
+
+def test_drift_is_one_line_too():
+    """What is within round-off is ok: the line names in what, and the details are left to --json."""
+    kinds = (_FINDING, replace(_FINDING, check="gain"), replace(_FINDING, question="function"))
+    text = str(_of(Status.DRIFT, findings=tuple(replace(one, status=Status.DRIFT) for one in kinds)))
+    assert "\n" not in text
+    assert text.endswith(", drift in error, gain")
+
+
+@pytest.mark.parametrize("status", [Status.IDENTICAL, Status.DEVIATES])
+def test_another_environment_is_a_line(status):
+    """Versions and settings that are others today are told on one line, also of a check that is well."""
+    assert "environment" not in str(_of(status))
+    [line] = [one for one in str(_of(status, environment=_MOVED)).splitlines() if "environment:" in one]
+    assert line == "  environment: torch 2.12 -> 2.13, threads 1 -> 2, scipy not recorded -> 1.17, apex 0.9 -> none"
+
+
+def test_blame_is_a_line():
+    """Who did it is said with its figures, and where nobody knows, that."""
+    blame = Blame(who="change", message="your change did this (figures)", status=Status.IDENTICAL)
+    assert "\n  blame: your change did this (figures)" in str(_of(Status.DEVIATES, blame=blame))
+    unknown = replace(blame, who="unknown", message="the golden's model is not at hand")
+    assert "\n  blame: not known: the golden's model is not at hand" in str(_of(Status.DEVIATES, blame=unknown))
+
+
+@pytest.mark.parametrize("status", [one for one in Status if not one.ok])
+def test_a_report_of_what_is_not_ok_ends_with_what_to_do(status):
+    """The last line of every such report says what is next, whatever was or was not compared."""
+    assert str(_of(status)).splitlines()[-1].lstrip().startswith("next: ")
+    nothing_known = replace(_of(status), answers=(), passes=(), findings=(replace(_FINDING, status=status, fix=""),))
+    assert str(nothing_known).splitlines()[-1].lstrip().startswith("next: ")
+
+
+def test_the_next_command_fits_what_is_known():
+    """Another environment is to be blamed first; once it was, its answer decides; else the details are in the JSON."""
+
+    def command(**more):
+        return str(_of(Status.DEVIATES, **more)).splitlines()[-1]
+
+    theirs = Blame(who="environment", message="m", status=Status.DEVIATES)
+    assert "--json FILE" in command()
+    assert "--blame-environment" in command(environment=_MOVED)
+    assert "harness record ... --update --reason" in command(environment=_MOVED, blame=theirs)
+    assert "--json FILE" in command(environment=_MOVED, blame=replace(theirs, who="change"))
+    unmeasured = str(_of(Status.UNMEASURED, environment=_MOVED)).splitlines()[-1]
+    assert "--json FILE" in unmeasured
+    assert "next:" not in str(_GOOD)
+
+
+def test_options_that_are_named_are_there():
+    """Every option and keyword that the report tells to use is one of `check` or `record`."""
+    from inspect import signature
+
+    from click.testing import CliRunner
+
+    from harness import flow
+    from harness.cli import cli
+
+    help_of = {name: CliRunner().invoke(cli, [name, "--help"]).output for name in ("check", "record")}
+    assert all(option in help_of["check"] for option in ("--blame-environment", "--json FILE"))
+    assert all(option in help_of["record"] for option in ("--update", "--reason"))
+    assert "blame_environment" in signature(flow.check).parameters
+
+
+def test_several_lines_of_an_exception_stay_in_their_block():
+    """A port's message of several lines is indented: no line of it looks like one of the report's."""
+    lines = str(_of(Status.ERROR, message="RuntimeError: two\nidentical: not a verdict")).splitlines()
+    assert lines[2] == "      identical: not a verdict"
+    assert str(_of(Status.ERROR, message="two\ridentical: not a verdict")).splitlines()[2] == lines[2]
+
+
+def test_nothing_steers_the_terminal():
+    """Escape codes in a trace's name or a port's words are shown as replaced characters, in the table too."""
+    evil = "hf\x1b[2K\x1b[1Aidentical\nidentical\x00"
+    one = _of(Status.ERROR, message=evil, candidate=evil, golden=evil)
+    for text in (str(one), terminal.table_row(one)):
+        assert not set(text) & {"\x1b", "\x00"}
+    assert str(one).startswith("error: hf\ufffd[2K\ufffd[1Aidentical identical\ufffd against hf")
+    assert "\n" not in terminal.table_row(one)
+
+
+def test_a_nan_is_the_worst_of_its_kind():
+    """Of findings of one kind the one that measured NaN is shown, not the one that a comparison with NaN leaves."""
+    findings = tuple(replace(_FINDING, measured=one, where=f"at {one}") for one in (50.0, float("nan"), 60.0))
+    assert "worst at at nan (2 more such findings" in str(_of(Status.DEVIATES, findings=findings))
+
+
+def test_findings_of_no_place_are_counted_too():
+    """Without a place there is no "worst at", and the others are counted all the same."""
+    findings = (replace(_FINDING, where=""), replace(_FINDING, where="", measured=1.95))
+    text = str(_of(Status.DEVIATES, findings=findings))
+    assert "\n    1 more such finding; --json has all\n" in text
 
 
 def test_what_was_not_seen_is_said():

@@ -1,0 +1,58 @@
+"""The command `harness`. Usage errors and --help come without importing torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from harness.cli.checks import check, schema
+from harness.cli.doctor import doctor
+from harness.cli.goldens import compare, lint
+from harness.cli.models import models
+from harness.cli.power import power
+from harness.cli.records import record
+from harness.cli.runs import run
+from harness.errors import HarnessError
+
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point: one clear line for what users get wrong, and the exit code that belongs to it."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except HarnessError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written half", _INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: nothing is left to be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}. Check that the path exists, is readable and has room", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(line: str, code: int) -> None:
+    click.echo(f"error: {line}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="golden-harness", prog_name="harness")
+def cli() -> None:
+    """Is it still the same model? Record what a reference does, and check any other implementation against it.
+
+    Exit codes: 0 ok (identical, drift); 1 failed; 2 bad input; 3 unmeasured or stale; 4 the engine failed.
+    """
+
+
+for command in (check, record, run, compare, lint, power, models, doctor, schema):
+    cli.add_command(command)

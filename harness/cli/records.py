@@ -1,0 +1,87 @@
+"""`harness record`: make a golden, or make it again and say what has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.cli.output import progress_line
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from harness.values import Golden
+
+
+@click.command()
+@click.option("--model", metavar="DIR|SPEC", help="A transformers model's directory, or py:pkg.mod:build?model=DIR.")
+@click.option("--suite", type=click.Path(path_type=Path), help="E.g. prompts/core.toml.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write, golden/NAME/SUITE.")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=2),
+    multiple=True,
+    metavar="N",
+    help="Measure round-off of N-way tensor parallelism as well; may be repeated.",
+)
+@click.option("--update", is_flag=True, help="Replace the golden that is there; alone, from its own model and suite.")
+@click.option("--reason", metavar="TEXT", help="Why, kept in the golden's history; needed beyond round-off.")
+def record(
+    model: str | None,
+    suite: Path | None,
+    out: Path,
+    tensor_parallel: tuple[int, ...],
+    update: bool,
+    reason: str | None,
+) -> int:
+    """Record a golden: the reference's tokens and logits, and its own round-off in fp32, bf16 and fp16.
+
+    \b
+    harness record --model path/to/model --suite prompts/core.toml --out golden/my-model/core
+    harness record --update --out golden/my-model/core --reason "retrained"
+
+    An update first shows, prompt by prompt, what changes. Beyond round-off it is refused without a reason.
+    """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
+    if (model is None) != (suite is None):
+        raise UsageError(
+            "--model and --suite go together", fix="Give both, or --update alone for a golden that is there"
+        )
+    if model is None and not update:
+        raise UsageError("nothing to record from", fix="Give --model DIR and --suite FILE")
+    if model is None and tensor_parallel:
+        raise UsageError("an update alone keeps the floors that are there", fix="Give --model and --suite as well")
+    from harness import flow
+
+    with progress_line() as progress:
+        if model is None or suite is None:
+            golden = flow.rerecord(out, reason=reason, show=lambda one: click.echo(str(one)), progress=progress)
+        else:
+            golden = flow.record(
+                model,
+                suite,
+                out=out,
+                parallel=tensor_parallel,
+                update=update,
+                reason=reason,
+                show=lambda one: click.echo(str(one)),
+                progress=progress,
+            )
+    _report(golden, out)
+    return 0
+
+
+def _report(golden: Golden, out: Path) -> None:
+    """What the golden is, and how much it can decide."""
+    from harness.store import decidable_steps
+
+    steps = int(golden.rows.generated.sum())
+    click.echo(f"recorded {out}: {len(golden.requests)} prompts, {steps} tokens, reference in {golden.precision}")
+    for note in (golden.provenance["precision_reason"], *golden.provenance["left_out"].items()):
+        if note:
+            click.echo(f"  note: {note if isinstance(note, str) else ': '.join(note)}")
+    for precision, decidable in decidable_steps(golden).items():
+        floor = golden.floors[precision]
+        click.echo(
+            f"  {precision}: {decidable.mean():.1%} of steps decidable, {floor.effective:.1f} independent replicas"
+        )

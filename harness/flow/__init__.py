@@ -1,0 +1,22 @@
+"""record, run, check, compare: the only place where engines, goldens, comparison and verdict are wired together."""
+
+from __future__ import annotations
+
+from harness.flow.candidates import candidates, check_all
+from harness.flow.checking import check
+from harness.flow.comparing import compare
+from harness.flow.recording import record, rerecord
+from harness.flow.references import reference_directory, reference_model
+from harness.flow.running import run
+
+__all__ = [
+    "candidates",
+    "check",
+    "check_all",
+    "compare",
+    "record",
+    "reference_directory",
+    "reference_model",
+    "rerecord",
+    "run",
+]

@@ -1,0 +1,163 @@
+"""check: a candidate or its trace against a golden, with what the live reference has to say."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import scorer
+from harness.comparison import Spreads, compare, diverged
+from harness.comparison.context import declared_precision, refuse_wider
+from harness.engines import build_engine, hf
+from harness.environment import differences
+from harness.errors import EngineError, HarnessError, StaleError
+from harness.flow.blaming import blame
+from harness.flow.candidates import engine_of, name_of
+from harness.flow.references import read, reference_directory
+from harness.flow.running import asked_runs, forced_trace, refuse_other_model, silent
+from harness.numerics import quantise
+from harness.values import Golden, Request, Rows, Scoring, Status, Trace, Verdict
+from harness.verdict import failed, judge
+
+Progress = Callable[[str], None]
+
+
+def check(
+    golden: Golden | str | Path,
+    candidate: Any,
+    *,
+    reference: str | Path | None = None,
+    quick: bool = False,
+    upcast: bool = True,
+    blame_environment: bool = False,
+    spreads: Spreads | None = None,
+    progress: Progress = silent,
+) -> Verdict:
+    """Is the candidate still the same model as the golden's?
+
+    Args:
+        golden: a golden, or the directory of one.
+        candidate: a SPEC, an Engine, a transformers model, an nn.Module, a callable, or a Trace.
+        reference: directory of the golden's model, where it does not lie beside the golden.
+        quick: only the suite's quick runs.
+        upcast: ask both questions, also the one about the function, for which a copy of the candidate is widened
+            to float32. Without it a candidate in 16 bits is judged as shipped alone.
+        blame_environment: run the recorded reference again as well, and say whether the environment or the candidate
+            moved.
+        spreads: scatter of each statistic between families by precision; the null bench leaves a family's own out.
+        progress: called with a few words before each pass.
+
+    Raises:
+        HarnessError: for input that cannot be used. An engine that fails gives the status `error` instead.
+    """
+    started = time.perf_counter()
+    if isinstance(candidate, str):
+        # The spec is read before the golden: a typing error should not cost the time of loading anything.
+        build_engine(candidate)
+    refuse_wider(spreads or {})
+    golden = read(golden)
+    name = candidate.engine if isinstance(candidate, Trace) else name_of(candidate)
+    refused = partial(failed, golden=golden.name, candidate=name)
+    try:
+        if isinstance(candidate, Trace):
+            trace = candidate
+        else:
+            with engine_of(candidate, reference_directory(golden, reference)) as engine:
+                refuse_other_model(golden, engine)
+                trace = forced_trace(engine, golden, quick=quick, upcast=upcast, progress=progress)
+        verdict = _judged(golden, trace, quick, reference, spreads, progress)
+    except StaleError as error:
+        return refused(Status.STALE, error.problem, fix=error.fix, check="model")
+    except EngineError as error:
+        return refused(Status.ERROR, error.problem, fix=error.fix, check="engine")
+    except HarnessError:
+        raise
+    except Exception as error:  # a port under test can raise anything, and that is a verdict, not our crash
+        if os.environ.get("HARNESS_TRACEBACK"):
+            raise
+        problem = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        return refused(Status.ERROR, problem, fix="Set HARNESS_TRACEBACK=1 to see where it was raised", check="engine")
+    if blame_environment:
+        verdict = replace(verdict, blame=blame(golden, verdict, reference=reference, quick=quick, progress=progress))
+    return replace(verdict, seconds=time.perf_counter() - started)
+
+
+def _judged(
+    golden: Golden,
+    trace: Trace,
+    quick: bool,
+    reference: str | Path | None,
+    spreads: Spreads | None,
+    progress: Progress,
+) -> Verdict:
+    """The verdict on a trace; one of the quick runs alone is judged by these, whatever is asked."""
+    runs = asked_runs(golden, quick or trace.quick)
+    trace = _only(trace, {one.name for one in runs}) if quick and not trace.quick else trace
+    scoring = _scoring(golden, trace, reference, progress)
+    return judge(
+        compare(golden, trace, runs, scoring=scoring, spreads=spreads),
+        golden=golden.name,
+        candidate=trace.engine,
+        settings=trace.settings,
+        environment=differences(golden.provenance, trace.settings),
+    )
+
+
+def _only(trace: Trace, names: set[str]) -> Trace:
+    """The trace without the passes of other runs."""
+    wide = None if trace.upcast is None else _only(trace.upcast, names)
+    return replace(trace, passes=tuple(one for one in trace.passes if one.run in names), upcast=wide)
+
+
+def _scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress: Progress) -> Scoring:
+    """What only a live reference can say: tokens behind a divergence, what quantised weights should give."""
+    free = tuple(diverged(golden, trace))
+    scheme, unknown = trace.settings.get("weights"), trace.settings.get("quantised")
+    scheme = scheme if scheme in quantise.SCHEMES else None
+    if not free and scheme is None and unknown is None:
+        return Scoring()
+    try:
+        model = reference_directory(golden, reference)
+    except StaleError as error:
+        return Scoring(reason=error.problem)  # what was run still counts; the wrong model is not asked about it
+    if model is None:
+        return Scoring(reason="the golden's model is not at hand to ask")
+    dtype = declared_precision(trace.settings)
+    if dtype not in hf.DTYPES:
+        return Scoring(reason=f"the candidate computes in {dtype}")
+    asked = {index for index, _ in free} if scheme is None and unknown is None else range(len(golden.requests))
+    if strayed := scorer.strayed(str(model), golden, sorted(asked)):
+        return Scoring(reason=strayed)
+
+    def quantised(
+        name: str,
+        requests: Sequence[Request] = golden.requests,
+        continuations: Sequence[Sequence[int]] = golden.continuations,
+        precision: str = golden.precision,
+    ) -> Rows:
+        progress(f"reference with {name} weights")
+        return scorer.quantised_centre(
+            str(model), requests, continuations, scheme=name, dtype=dtype, precision=precision
+        )
+
+    rescored = None
+    if free:
+        progress("reference on the candidate's own tokens")
+        weights = dtype if dtype in golden.centres else None
+        rescored = (
+            quantised(scheme, [golden.requests[index] for index, _ in free], [tokens for _, tokens in free])
+            if scheme is not None
+            else scorer.rescore(str(model), golden.requests, free, precision=golden.precision, weights=weights)
+        )
+    return Scoring(
+        free=rescored,
+        continuations=free,
+        centre=None if scheme is None else quantised(scheme),
+        nearest=None if unknown is None else quantised(str(unknown), precision=dtype),
+        nearest_wide=None if unknown is None or dtype == "float32" else quantised(str(unknown)),
+    )

@@ -1,0 +1,165 @@
+"""Every command in README and docs is executed, document by document, in a copy of the repository's data.
+
+A block that is run is fenced as `sh` or `python`; comments before it say more: `<!-- file: NAME -->` saves it first,
+`<!-- exit: N -->` names the exit code that it must end with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+DOCUMENTS = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/how-to").glob("*.md")]
+)
+DATA = ("golden", "prompts", "benchmarks", "tests", "harness", "pyproject.toml", "conftest.py")
+
+#: What takes minutes or hours is run on less of the same: (what the document says, what is run).
+SHORTER = (
+    ("--suite prompts/core.toml", "--suite prompts/headline.toml"),
+    ("golden/bloom-tiny/core", "golden/bloom-tiny/headline"),
+    (",static_cache=true,compile=true", ",static_cache=true"),
+    ("harness check --all --quick --root golden\n", "harness check --all --quick --root golden/bloom-tiny/headline\n"),
+    ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),
+    ("power --nulls 3000", "power --nulls 1 --minutes 0.2"),
+    ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),
+    ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
+    ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
+    ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
+)
+#: Commands that only a clone of its own can show, each with where it is run.
+ELSEWHERE = {
+    "make check": "by .ci/run",
+    "make test": "by .ci/run, and this is a part of it",
+    "make lint": "by .ci/run",
+    ".ci/run": "it runs this",
+    ". .venv/bin/activate": "the environment of `make`; here it is the one that runs this test",
+}
+COMMANDS = ("harness ", "python ", "pytest ", "make ", ".ci/run", "time harness", "pip ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One fenced or indented block of a document."""
+
+    language: str
+    text: str
+    line: int
+    file: str | None
+    exit: int
+
+
+_FENCE = re.compile(
+    r"^(?P<notes>(?:<!-- (?:file|exit): .+ -->\n)*)```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks_of(document):
+    """The fenced blocks of a document, in order."""
+    text = document.read_text(encoding="utf-8")
+    for found in _FENCE.finditer(text):
+        notes = dict(re.findall(r"<!-- (file|exit): (.+?) -->", found["notes"]))
+        yield Block(
+            language=found["language"],
+            text=found["text"],
+            line=text[: found.start()].count("\n") + 1,
+            file=notes.get("file"),
+            exit=int(notes.get("exit", 0)),
+        )
+
+
+def shortened(text):
+    """A block's text with what takes long replaced, and without what is run elsewhere."""
+    lines = [line for line in text.splitlines() if line.partition("#")[0].strip() not in ELSEWHERE]
+    text = "\n".join(lines) + "\n"
+    for long, short in SHORTER:
+        text = text.replace(long, short)
+    return text
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A copy of the repository's data, with a model where the documents say `path/to/...`."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in DATA:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, home / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, home / name)
+    for name in ("path/to/model", "path/to/converted/weights"):
+        shutil.copytree(ROOT / "golden/bloom-tiny/model", home / name)
+    return home
+
+
+def run(command, home):
+    """Run a command in the copy, with this Python's programs first and no settings of the caller's CI."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "GITHUB_STEP_SUMMARY")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
+    for name in [key for key in environment if key.startswith("PYTEST_")]:
+        del environment[name]
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_says_can_be_done(document, data):
+    """The blocks of a document run one after the other, each with the exit code that it promises."""
+    for block in blocks_of(document):
+        text = shortened(block.text)
+        if block.file is not None:
+            (data / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (data / block.file).write_text(text, encoding="utf-8")
+            continue
+        if block.language == "sh":
+            command = ["bash", "-euo", "pipefail", "-c", text]
+        elif block.language == "python":
+            command = [sys.executable, "-c", text]
+        else:
+            continue
+        done = run(command, data)
+        said = f"{document.name}, line {block.line}:\n{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == block.exit, said
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_command_hides_from_the_test_above(document):
+    """Commands stand in blocks that are run: none is indented, or fenced as something else."""
+    text = document.read_text(encoding="utf-8")
+    outside = _FENCE.sub("", text)
+    assert "```" not in outside, "a block that the pattern above does not know"
+    hidden = [line for line in outside.splitlines() if line.startswith("    ") and line.strip().startswith(COMMANDS)]
+    other = [block for block in blocks_of(document) if block.language not in ("sh", "python") and block.file is None]
+    hidden += [line for block in other for line in block.text.splitlines() if line.startswith(COMMANDS)]
+    assert not hidden
+
+
+def test_what_is_shortened_is_still_said():
+    """A replacement that no document needs any more is removed."""
+    everything = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    unused = [long for long, _ in SHORTER if long.strip() not in everything]
+    unused += [command for command in ELSEWHERE if command not in everything]
+    assert not unused
+
+
+def test_links_lead_somewhere():
+    """Relative links in the documents are of files that exist."""
+    for document in [*DOCUMENTS, *(ROOT / "docs/decisions").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
