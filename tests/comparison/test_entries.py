@@ -196,9 +196,7 @@ def test_few_replicas_see_too_little(golden):
 
 def test_without_a_floor_entries_are_unmeasured(golden):
     """A precision without a floor has nothing to hold entries against."""
-    comparison = _judged(
-        replace(golden, floors={"float16": golden.floors["bfloat16"]}), _served(literal.noise(100))
-    )
+    comparison = _judged(replace(golden, floors={"float16": golden.floors["bfloat16"]}), _served(literal.noise(100)))
     assert comparison.answers[-1].status is Status.UNMEASURED
 
 

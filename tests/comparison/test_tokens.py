@@ -165,9 +165,7 @@ def test_without_a_floor_a_flip_is_unmeasured():
     golden, truth, row, order = _golden_with_tie(0.2 * literal.NOISE)
     logits = truth.copy()
     logits[row, order[1]] += literal.NOISE
-    comparison = literal.judged(
-        replace(golden, floors={"float16": golden.floors["bfloat16"]}), literal.trace(logits)
-    )
+    comparison = literal.judged(replace(golden, floors={"float16": golden.floors["bfloat16"]}), literal.trace(logits))
     assert "tokens" in _checks(comparison, Status.UNMEASURED)
     assert comparison.answers[-1].status is Status.UNMEASURED
 
