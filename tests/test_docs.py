@@ -34,6 +34,7 @@ SHORTER = (
     ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),
     ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
     ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
+    ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
 )
 #: Commands that only a clone of its own can show, each with where it is run.
