@@ -3,7 +3,8 @@
 
 PYTHON      ?= python3
 TORCH_INDEX ?=
-PYTEST_ARGS ?= -n 2
+# worksteal: the slow tests must not wait in line behind one worker while the other has nothing to do.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 VENV        := .venv
 
 BIN        := $(VENV)/bin

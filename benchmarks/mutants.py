@@ -2,39 +2,58 @@
 
     python benchmarks/mutants.py
 
-Every bug is applied to a live model loaded in bfloat16, which is then checked on `core` (the quick runs): as shipped
-(precision), and as its own float32 copy (function). Prints the table of docs/power.md: one line a bug and host.
+Every bug is applied to a live model loaded in bfloat16, which is then checked on `core` (or --suite; the quick runs):
+as shipped (precision), and as its own float32 copy (function). --host leaves the other models out. Prints the table of
+docs/power.md: one line a bug and host.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 import harness
+from harness.engines import hf
+from harness.mutations.catalogue import CATALOGUE
 from harness.values import PassSummary, Verdict
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests.meta.mutants import MUTANTS
+_NAMES = (
+    "none",
+    "x-row-scaled",
+    "wc-eps",
+    "na-gelu",
+    "x-rows-swapped",
+    "x-attention-scale",
+    "x-qkv-bias-lost",
+    "x-bias-doubled",
+    "x-kv-head-swapped",
+    "x-last-layer",
+)
 
 
 def main() -> None:
-    """Apply every mutant to a fresh copy of every host, and check it."""
+    """Put every bug into a fresh copy of every host that has the part, and check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="core")
+    parser.add_argument("--host", default="*")
+    arguments = parser.parse_args()
     print("| bug | host | function | error | tokens | precision (bf16) | error | largest z | tokens |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, mutate in {"none": lambda _model: None, **MUTANTS}.items():
-        for directory in sorted(Path("golden").glob("*/core")):
-            golden = harness.load_golden(directory)
-            model = harness.reference_model(golden, dtype=torch.bfloat16)
-            try:
-                mutate(model)
-            except LookupError:
+    for name in _NAMES:
+        for directory in sorted(Path("golden").glob(f"{arguments.host}/{arguments.suite}")):
+            host = directory.parent.name
+            if name != "none" and host not in CATALOGUE[name].hosts:
                 continue
-            verdict = harness.check(golden, model, quick=True)
-            cells = [name, directory.parent.name, *_cells(verdict, "function")]
+            golden = harness.load_golden(directory)
+            with ExitStack() as stack:
+                engine = stack.enter_context(hf.from_model(harness.reference_model(golden, dtype=torch.bfloat16)))
+                if name != "none":
+                    stack.enter_context(CATALOGUE[name].applied(engine))
+                verdict = harness.check(golden, engine.model, quick=True)
+            cells = [name, host, *_cells(verdict, "function")]
             shipped = _cells(verdict, "precision")
             print("| " + " | ".join([*cells, *shipped[:2], _largest(verdict), shipped[2]]) + " |", flush=True)
 

@@ -155,7 +155,15 @@ def recorded(model: Path, suite: Suite, out: Path, progress: Callable[[str], Non
         except GoldenError:
             golden = None
         if golden is None or golden.suite != suite or golden.model.digest != checkpoint.identify(model).digest:
-            golden = flow.record(model, suite, out=out, replicas=REPLICAS, update=True, progress=progress)
+            golden = flow.record(
+                model,
+                suite,
+                out=out,
+                replicas=REPLICAS,
+                update=True,
+                reason="of another suite or model",
+                progress=progress,
+            )
     return golden
 
 

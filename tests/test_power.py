@@ -19,6 +19,7 @@ from harness.engines import hf
 from harness.errors import EngineError, UsageError
 from harness.models.recipes import RECIPES
 from harness.mutations.benign import FAMILIES
+from harness.mutations.catalogue import CATALOGUE
 from harness.power import NULLS, PILOT, Pooled, Result
 from harness.values import Finding, Request, Statistic, Status, Verdict
 from tests.engines.recorder import largest_difference, recorded
@@ -567,11 +568,15 @@ def test_what_does_not_go_together_is_one_line(harness, arguments, words):
     assert words in err
 
 
-def test_the_command_lists_the_families(harness):
-    """One line a family."""
+def test_the_command_lists_families_and_bugs(harness):
+    """One line a family of correct implementations, and one a bug of the catalogue, by group."""
     code, out, err = harness("--list")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == list(FAMILIES)
+    listed = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert listed[: len(FAMILIES)] == list(FAMILIES)
+    assert sorted(listed[len(FAMILIES) :]) == sorted(CATALOGUE)
+    counts = [int(line.rpartition(": ")[2]) for line in out.splitlines()[1:] if not line.startswith("  ")]
+    assert sum(counts) == len(CATALOGUE)
 
 
 def test_the_command_runs_and_shows(harness, stub, tmp_path):

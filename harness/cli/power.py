@@ -16,7 +16,7 @@ from harness.errors import UsageError
 @click.option("--spreads", is_flag=True, help="Measure how far correct implementations scatter, for constants.py.")
 @click.option("--groups", type=click.IntRange(min=1), metavar="G", help="For --spreads: groups of prompts a model.")
 @click.option("--summary", is_flag=True, help="The table of what is there.")
-@click.option("--list", "listed", is_flag=True, help="The held-out implementations.")
+@click.option("--list", "listed", is_flag=True, help="The held-out implementations, and the bug catalogue.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path(".power"), show_default=True, help="Directory.")
 @click.option("--shard", metavar="I/N", help="Do part I (from 0) of N; each part is a process of its own.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="Stop after that long.")
@@ -54,7 +54,7 @@ def power(
     # Before torch is loaded: the second thread of a family, spinning while it waits, would hold up the other shards.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if listed:
-        _list_families()
+        _list_all()
     elif groups is not None:
         _measure_spreads(groups, work, part, minutes)
     else:
@@ -62,11 +62,24 @@ def power(
     return 0
 
 
-def _list_families() -> None:
+def _list_all() -> None:
+    """The implementations that are correct, then the catalogue of bugs, a line each."""
     from harness.mutations.benign import FAMILIES
+    from harness.mutations.catalogue import CATALOGUE
 
+    click.secho("correct implementations", bold=True)
     for family in FAMILIES.values():
-        click.echo(f"{family.name:15} {family.what}")
+        click.echo(f"  {family.name:22} {family.what}")
+    groups: dict[str, list[str]] = {}
+    for one in CATALOGUE.values():
+        where = ", ".join(sorted(one.active))
+        kind = "negative controls" if one.harmless else one.group
+        reported = f" ({one.reference})" if one.reference else ""
+        line = f"  {one.id:24} {one.subtlety:9} {where:24} {one.wrong}{reported}"
+        groups.setdefault(kind, []).append(line)
+    for group, lines in groups.items():
+        click.secho(f"{group}: {len(lines)}", bold=True)
+        click.echo("\n".join(lines))
 
 
 def _measure_spreads(groups: int, work: Path, part: tuple[int, int], minutes: float | None) -> None:

@@ -454,7 +454,8 @@ class HFEngine(Engine):
 
         if self._cache_class == "StaticCache" and cache is not None:
             # A static cache attends over its whole length; what is not written yet is masked.
-            missing = _static_length(cache) - attention_mask_BS.shape[1]
+            # The length of a sliding window is shorter than what was written, and needs no padding.
+            missing = max(0, _static_length(cache) - attention_mask_BS.shape[1])
             attention_mask_BS = torch.nn.functional.pad(attention_mask_BS, (0, missing))
         arguments: dict[str, Any] = {
             "input_ids": input_ids_BT,

@@ -818,3 +818,23 @@ def test_a_row_that_ends_at_the_context_may_share_a_batch(models):
     assert together == alone
     assert [len(given.tokens) for given in alone] == [1, 9]
     assert len(rows.rows()) == 10
+
+
+def test_a_static_cache_of_a_sliding_window_is_exact(tmp_path):
+    """Beyond its window a static cache is shorter than what was written, and decodes as the growing one does."""
+    from harness.mutations import hosts
+
+    hosts.write("mistral-window", tmp_path / "model")
+    requests = [
+        Request(id="long", prompt_ids=tuple(range(3, 40)), max_new_tokens=6),
+        Request(id="short", prompt_ids=tuple(range(50, 60)), max_new_tokens=6),
+    ]
+    shown = []
+    for static in (False, True):
+        options = hf.Options(model=str(tmp_path / "model"), dtype="float64", static_cache=static)
+        with hf.HFEngine(options, text="mistral") as engine:
+            sketcher = Sketcher(engine.vocabulary)
+            engine.replay(requests, [tuple(range(100, 106))] * 2, batch_size=2, sketcher=sketcher)
+            assert engine.settings["cache"] == ("StaticCache" if static else "DynamicCache")
+            shown.append(sketcher.rows().projections)
+    assert np.array_equal(*shown)
