@@ -44,6 +44,7 @@ ELSEWHERE = {
     "make test": "by .ci/run, and this is a part of it",
     "make lint": "by .ci/run",
     ".ci/run": "it runs this",
+    "pip install -c constraints.txt -e '.[test]'": "what runs this test was installed so",
     ". .venv/bin/activate": "the environment of `make`; here it is the one that runs this test",
 }
 COMMANDS = ("harness ", "python ", "pytest ", "make ", ".ci/run", "time harness", "pip ")

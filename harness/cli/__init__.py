@@ -21,6 +21,8 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Entry point: one clear line for what users get wrong, and the exit code that belongs to it."""
+    # Before torch is loaded: threads that spin while they wait take the cores from whoever else is on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = cli.main(standalone_mode=False)
     except HarnessError as error:

@@ -120,9 +120,10 @@ def check(
     verdicts = []
     if table:
         _table_header()
-    with progress_line() as progress:
-        for number, (directory, candidate) in enumerate(work, start=1):
-            name = candidate if isinstance(candidate, str) else candidate.engine
+    for number, (directory, candidate) in enumerate(work, start=1):
+        name = candidate if isinstance(candidate, str) else candidate.engine
+        # A line that says what is being done ends before anything is printed: the two would write over each other.
+        with progress_line() as progress:
             one = _checked(
                 directory,
                 candidate,
@@ -133,11 +134,11 @@ def check(
                 blame_environment=blame_environment,
                 progress=_prefixed(progress, f"{number}/{len(work)} {directory} {name}: "),
             )
-            verdicts.append(one)
-            if table:
-                _table_row(one)
-            elif reports.on_terminal:
-                click.echo(str(one))
+        verdicts.append(one)
+        if table:
+            _table_row(one)
+        elif reports.on_terminal:
+            click.echo(str(one))
     if table:
         _table_end(verdicts)
     reports.write(verdicts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -51,8 +50,6 @@ def power(
         raise UsageError("--json is of the nulls", fix="Give it with --nulls or --summary")
     must_be_writable("--json", json_file)
     part = _part(shard)
-    # Before torch is loaded: the second thread of a family, spinning while it waits, would hold up the other shards.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if listed:
         _list_all()
     elif groups is not None:

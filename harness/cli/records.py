@@ -11,7 +11,7 @@ from harness.cli.output import progress_line
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
-    from harness.values import Golden
+    from harness.values import Changes, Golden
 
 
 @click.command()
@@ -53,20 +53,26 @@ def record(
         raise UsageError("an update alone keeps the floors that are there", fix="Give --model and --suite as well")
     from harness import flow
 
-    with progress_line() as progress:
-        if model is None or suite is None:
-            golden = flow.rerecord(out, reason=reason, show=lambda one: click.echo(str(one)), progress=progress)
-        else:
-            golden = flow.record(
-                model,
-                suite,
-                out=out,
-                parallel=tensor_parallel,
-                update=update,
-                reason=reason,
-                show=lambda one: click.echo(str(one)),
-                progress=progress,
-            )
+    changes: list[Changes] = []
+    try:
+        with progress_line() as progress:
+            if model is None or suite is None:
+                golden = flow.rerecord(out, reason=reason, show=changes.append, progress=progress)
+            else:
+                golden = flow.record(
+                    model,
+                    suite,
+                    out=out,
+                    parallel=tensor_parallel,
+                    update=update,
+                    reason=reason,
+                    show=changes.append,
+                    progress=progress,
+                )
+    finally:
+        # Also where the update is refused; not while the line that says what is being done is on the terminal.
+        for one in changes:
+            click.echo(str(one))
     _report(golden, out)
     return 0
 

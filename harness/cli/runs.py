@@ -47,7 +47,7 @@ def run(
             trace = flow.run(spec, work, model=model, quick=quick, upcast=not no_upcast, progress=progress)
         except HarnessError:
             raise
-        except Exception as error:  # whatever a candidate raises: one line, and the exit code of an engine
+        except (Exception, SystemExit) as error:  # whatever a candidate does: one line, and the exit code of an engine
             line = (str(error).strip() or "no message").splitlines()[0]
             raise EngineError(
                 f"{spec} failed ({type(error).__name__}: {line})", fix="Set HARNESS_TRACEBACK=1 with `harness check`"

@@ -77,7 +77,7 @@ def check(
         return refused(Status.ERROR, error.problem, fix=error.fix, check="engine")
     except HarnessError:
         raise
-    except Exception as error:  # a port under test can raise anything, and that is a verdict, not our crash
+    except (Exception, SystemExit) as error:  # a port can raise anything, or exit: a verdict, and not our end
         if os.environ.get("HARNESS_TRACEBACK"):
             raise
         problem = f"{type(error).__name__}: {str(error).strip() or 'no message'}"

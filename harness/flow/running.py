@@ -124,7 +124,7 @@ def _with_upcast(golden: Golden, engine: Engine, trace: Trace, runs: Sequence[Ru
             if narrow:
                 reason = f"its float32 copy still computes in 16 bits ({narrow})"
                 return replace(trace, upcast_reason=reason)
-    except Exception as error:  # whatever a candidate raises when it is widened, its run as shipped still counts
+    except (Exception, SystemExit) as error:  # whatever it does when it is widened, its run as shipped still counts
         if os.environ.get("HARNESS_TRACEBACK"):
             raise
         first = (str(error).strip() or "no message").splitlines()[0]

@@ -149,16 +149,17 @@ def _product_in_half(engine: HFEngine, strength: float) -> Iterator[None]:
 
 def _narrow_product(exact: int, module: Any, x: torch.Tensor) -> torch.Tensor:
     """A Linear or Conv1D whose accumulator is rounded to the dtype after every ``exact`` products."""
-    from torch.nn.functional import linear
+    import torch
 
-    pieces = zip(x.split(exact, dim=-1), weight_rows(module).split(exact, dim=1), strict=True)
-    total: torch.Tensor | None = None
-    for x_piece, weight_piece in pieces:
-        product = linear(x_piece, weight_piece)
-        total = product if total is None else total + product
-    assert total is not None
-    result: torch.Tensor = total if module.bias is None else total + module.bias
-    return result
+    weight = weight_rows(module)
+    total = x.new_zeros((*x.shape[:-1], len(weight)))
+    for x_piece, weight_piece in zip(x.split(exact, dim=-1), weight.split(exact, dim=1), strict=True):
+        if exact == 1:
+            # A fused multiply and add: the product itself is not rounded.
+            total = torch.addcmul(total, x_piece, weight_piece[:, 0])
+        else:
+            total = total + torch.nn.functional.linear(x_piece, weight_piece)
+    return total if module.bias is None else total + module.bias
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def verdict_to_text(verdict: Verdict) -> str:
     if not verdict.ok:
         lines += _findings(verdict.failures)
         lines += _meaning(verdict)
+        lines += _which_passes(verdict)
     if verdict.environment:
         lines.append(f"environment: {environment_words(verdict.environment)}")
     if verdict.blame is not None:
@@ -45,6 +46,38 @@ def verdict_to_text(verdict: Verdict) -> str:
         lines.append(f"next: {command}")
     # A port's exception may be of several lines: they stay inside the block of the line that they belong to.
     return "\n  ".join(legal(line).replace("\n", "\n      ") for line in lines)
+
+
+def _which_passes(verdict: Verdict) -> list[str]:
+    """Which passes are right where not all are wrong, and what that says; nothing where it says nothing."""
+    question = next((one.question for one in verdict.answers if one.status is Status.DEVIATES), None)
+    measured = [one for one in verdict.passes if one.question == question and one.ratio is not None and one.limit]
+    wrong = [one for one in measured if not (one.ratio or 0.0) <= (one.limit or 0.0)]
+    right = [one for one in measured if one not in wrong]
+    if not right or not wrong:
+        return []
+    views, runs = {one.view for one in wrong}, {one.run for one in wrong}
+    if views == {"replay"} and {one.view for one in right} == {"prefill"}:
+        says = "prefill is right and decode is wrong: look at the KV cache, and at positions and masks in decode"
+    elif views == {"prefill"} and {one.view for one in right} == {"replay"}:
+        says = (
+            "decode is right and prefill is wrong: look at the causal mask and at what is done for many tokens at once"
+        )
+    elif not runs & {one.run for one in right}:
+        says = "some runs are right throughout: look at what these differ in, batch size, padding, order of requests"
+    else:
+        says = ""
+    lines = [f"passes: right {_pass_words(right)}; wrong {_pass_words(wrong)}"]
+    return [*lines, f"meaning: {says}"] if says else lines
+
+
+def _pass_words(passes: Sequence[PassSummary]) -> str:
+    """Names with the largest error of each, "single/replay (1.13 x)"."""
+    largest: dict[str, float] = {}
+    for one in passes:
+        name = f"{one.run}/{one.view}"
+        largest[name] = max(largest.get(name, 0.0), one.ratio or 0.0)
+    return ", ".join(f"{name} ({ratio:.3g} x)" for name, ratio in largest.items())
 
 
 def headline(verdict: Verdict) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from harness.report import terminal
-from harness.values import Answer, Blame, Difference, Status, Verdict
+from harness.values import Answer, Blame, Difference, Finding, PassSummary, Status, Verdict
 from tests.report.verdicts import FINDING as _FINDING
 from tests.report.verdicts import PASS as _PASS
 from tests.report.verdicts import POWER as _POWER
@@ -248,3 +248,39 @@ def test_the_questions_are_not_mixed():
     assert "deviates (precision): error:" in text
     assert "deviates (function): error:" in text
     assert "more such findings" not in text
+
+
+def pass_summary(run, view, ratio, limit=4.0):
+    """One pass of a float32 check."""
+    return PassSummary(
+        question="function", run=run, view=view, repeat=0, ratio=ratio, limit=limit, flips=0, steps=9, seconds=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        (
+            [("batched", "prefill", 1.2), ("batched", "replay", 900.0), ("single", "replay", 800.0)],
+            "look at the KV cache",
+        ),
+        ([("batched", "prefill", 700.0), ("batched", "replay", 1.1)], "decode is right and prefill is wrong"),
+        ([("batched", "prefill", 700.0), ("batched", "replay", 8.0), ("single", "replay", 1.1)], "batch size, padding"),
+        ([("batched", "prefill", 7.0), ("single", "replay", 8.0)], ""),
+        ([("batched", "prefill", 1.0), ("single", "replay", 1.0)], ""),
+        ([("batched", "prefill", float("nan")), ("batched", "replay", 1.0)], "decode is right and prefill is wrong"),
+    ],
+)
+def test_passes_that_are_right_say_where_to_look(passes, words):
+    """Where not all passes are wrong, they are named, and what they have in common; a NaN is never right."""
+    verdict = Verdict(
+        golden="g",
+        candidate="c",
+        status=Status.DEVIATES,
+        findings=(Finding(status=Status.DEVIATES, check="error", message="m", question="function"),),
+        answers=(Answer(question="function", status=Status.DEVIATES, power=None),),
+        passes=tuple(pass_summary(*one) for one in passes),
+    )
+    text = str(verdict)
+    assert ("passes: right" in text) == bool(words)
+    assert words in text
