@@ -46,5 +46,11 @@ class EngineError(HarnessError):
     exit_code = 4
 
 
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """The first line of an error's message; without a message ``otherwise``, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else otherwise or type(error).__name__
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split()).rstrip(".")

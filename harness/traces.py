@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import TraceError
+from harness.errors import TraceError, first_line
 from harness.files import replace_file
 from harness.numerics.constants import PROJECTIONS
 from harness.values import Generation, Pass, Rows, Trace
@@ -112,7 +112,7 @@ def load_trace(path: str | Path) -> Trace:
             metadata = opened.metadata() or {}
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
-        raise TraceError(f"{path} is not a trace ({_first_line(error)})", fix=_AGAIN) from None
+        raise TraceError(f"{path} is not a trace ({first_line(error)})", fix=_AGAIN) from None
     text = metadata.get("trace", "")
     if metadata.get("sha256") != _digest(text, arrays):
         raise TraceError(f"{path} is no trace, or was changed after it was written", fix=_AGAIN)
@@ -125,12 +125,8 @@ def load_trace(path: str | Path) -> Trace:
             )
         return _trace(document["trace"], "", arrays)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        problem = f"{path} is not a trace of format {FORMAT} ({type(error).__name__}: {_first_line(error)})"
+        problem = f"{path} is not a trace of format {FORMAT} ({type(error).__name__}: {first_line(error)})"
         raise TraceError(problem, fix=_AGAIN) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _trace(words: Mapping[str, Any], prefix: str, arrays: Arrays) -> Trace:

@@ -83,6 +83,12 @@ def overall(statuses: Sequence[Status]) -> Status:
     return next((status for status in PRECEDENCE if status in statuses), Status.IDENTICAL)
 
 
+def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
+    """Index of the first element that differs, or of the first that only the longer one has; None where all agree."""
+    common = min(len(one), len(other))
+    return next((i for i in range(common) if one[i] != other[i]), None if len(one) == len(other) else common)
+
+
 # --- what is asked -----------------------------------------------------------------------------
 
 

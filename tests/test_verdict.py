@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.comparison import Comparison
-from harness.values import PRECEDENCE, Answer, Finding, PassSummary, Power, Status, Verdict
+from harness.values import PRECEDENCE, Answer, Finding, PassSummary, Power, Status, Verdict, first_difference
 from harness.verdict import exit_code, failed, judge, overall
 
 
@@ -123,3 +123,14 @@ def test_raise_if_failed_carries_the_report():
     with pytest.raises(AssertionError, match="deviates"):
         _verdict(Status.DEVIATES).raise_if_failed()
     _verdict(Status.DRIFT).raise_if_failed()
+
+
+@given(st.lists(st.integers(0, 2), max_size=6), st.lists(st.integers(0, 2), max_size=6))
+def test_the_first_difference_is_where_sequences_part(one, other):
+    """Before it all is equal; at it they differ, or one has ended; without it they are the same."""
+    found = first_difference(one, other)
+    if found is None:
+        assert one == other
+    else:
+        assert one[:found] == other[:found]
+        assert one[found : found + 1] != other[found : found + 1]

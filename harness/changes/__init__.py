@@ -13,7 +13,7 @@ from harness import environment
 from harness.changes import general
 from harness.changes.prompts import Compared, Shared, Yardstick, compare_prompt, shared_rows, yardstick
 from harness.numerics.constants import EFFECT
-from harness.values import Change, Changes, Golden, Kind
+from harness.values import Change, Changes, Golden, Kind, first_difference
 
 __all__ = ["Compared", "Yardstick", "compare_goldens", "compare_prompt", "yardstick"]
 
@@ -104,5 +104,5 @@ def _structural(name: str, message: str) -> Change:
 
 def _other_ids(old: Golden, index: int, new: Golden, other: int) -> str:
     was, now = old.requests[index].prompt_ids, new.requests[other].prompt_ids
-    first = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    first = first_difference(was, now)
     return f"other prompt ids from position {first} on ({len(now)} tokens, was {len(was)})"

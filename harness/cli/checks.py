@@ -49,9 +49,10 @@ class _Reports:
             write_json([one.to_dict() for one in verdicts], self.json)
         if self.junit:
             write_text(to_junit(verdicts), self.junit)
+        summary = to_markdown(verdicts)
         if self.markdown:
-            write_text(to_markdown(verdicts), self.markdown)
-        append_step_summary(to_markdown(verdicts))
+            write_text(summary, self.markdown)
+        append_step_summary(summary)
 
 
 @click.command()

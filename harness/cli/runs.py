@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from harness.cli.output import must_be_writable, progress_line
-from harness.errors import EngineError, HarnessError, UsageError
+from harness.errors import EngineError, HarnessError, UsageError, first_line
 
 
 @click.command()
@@ -48,7 +48,7 @@ def run(
         except HarnessError:
             raise
         except (Exception, SystemExit) as error:  # whatever a candidate does: one line, and the exit code of an engine
-            line = (str(error).strip() or "no message").splitlines()[0]
+            line = first_line(error, "no message")
             raise EngineError(
                 f"{spec} failed ({type(error).__name__}: {line})", fix="Set HARNESS_TRACEBACK=1 with `harness check`"
             ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from harness.comparison.context import Context, pass_name, request_name
-from harness.values import Finding, Pass, Status
+from harness.values import Finding, Pass, Status, first_difference
 
 #: What a golden holds of each row, and of each generated row.
 _OF_ROWS = ("argmax", "logsumexp", "logp", "entropy", "projections")
@@ -61,7 +61,7 @@ def _differing(context: Context, one: Pass) -> list[tuple[int, int]]:
         return [
             (index, len(context.golden.requests[index].prompt_ids) + step)
             for index, given in zip(one.requests, one.generations, strict=True)
-            if (step := _first_difference(given.tokens, context.golden.generations[index].tokens)) is not None
+            if (step := first_difference(given.tokens, context.golden.generations[index].tokens)) is not None
         ]
     rows, golden = one.rows, context.golden.rows
     place = context.place(rows)
@@ -73,10 +73,3 @@ def _differing(context: Context, one: Pass) -> list[tuple[int, int]]:
     for name in _OF_STEPS:
         same[rows.generated] &= (getattr(rows, name) == getattr(golden, name)[step_of]).all(axis=1)
     return [(int(rows.request[i]), int(rows.position[i])) for i in np.flatnonzero(~same)]
-
-
-def _first_difference(tokens: tuple[int, ...], expected: tuple[int, ...]) -> int | None:
-    if tokens == expected:
-        return None
-    pairs = zip(tokens, expected, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(expected)))

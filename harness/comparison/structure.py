@@ -10,7 +10,20 @@ import numpy as np
 
 from harness.comparison.context import pass_name, request_name
 from harness.engines.runner import planned
-from harness.values import NOT_USED, Finding, Generation, Golden, Pass, Rows, Run, Status, Trace, View, work_digest
+from harness.values import (
+    NOT_USED,
+    Finding,
+    Generation,
+    Golden,
+    Pass,
+    Rows,
+    Run,
+    Status,
+    Trace,
+    View,
+    first_difference,
+    work_digest,
+)
 
 
 def check(
@@ -110,9 +123,7 @@ def _prompt_ids(golden: Golden, trace: Trace) -> Iterator[Finding]:
     elif wrong:
         index, own = wrong[0]
         wanted = golden.requests[index].prompt_ids
-        first = next(
-            (p for p, (a, b) in enumerate(zip(own, wanted, strict=False)) if a != b), min(len(own), len(wanted))
-        )
+        first = first_difference(own, wanted)
         yield _structural(
             "prompt ids",
             f"the candidate's tokenizer encodes {len(wrong)} of {len(golden.requests)} prompts differently: "
@@ -306,9 +317,9 @@ def _first_difference(first: Pass, again: Pass, *, exact: bool) -> int | None:
         for a, b in zip(first.generations, again.generations, strict=True):
             one, other = _steps(a, exact=exact), _steps(b, exact=exact)
             if (one, a.finish) != (other, b.finish):
-                return next(
-                    (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other))
-                )
+                # Of equal steps only the end can differ, which is behind the last of them.
+                found = first_difference(one, other)
+                return len(one) if found is None else found
         return None
     differs = first.rows.fingerprint != again.rows.fingerprint
     return int(np.flatnonzero(differs)[0]) if differs.any() else None

@@ -19,7 +19,7 @@ from harness import checkpoint, suites
 from harness.engines import decoding, hooks, modules, spec
 from harness.engines.base import Engine
 from harness.environment import Quiet, thread_count, versions
-from harness.errors import EngineError, ModelError, UsageError
+from harness.errors import EngineError, ModelError, UsageError, first_line
 from harness.numerics import quantise
 from harness.numerics.constants import TOP
 from harness.numerics.sketch import Sketcher
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 #: Logits of one planned prefill batch stay below this, in float64.
 _LOGITS_BYTES = 2**31
+
+#: Characters of a loader's own message that are repeated.
+_LONGEST = 300
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -231,7 +234,7 @@ class HFEngine(Engine):
         try:
             placed: PreTrainedModel = model.to(self.options.device or "cpu").eval()  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
-            problem = f"the device {self.options.device!r} cannot be used ({_first_line(error)})"
+            problem = f"the device {self.options.device!r} cannot be used ({first_line(error)[:_LONGEST]})"
             raise UsageError(problem, fix="Run `harness doctor` to see the devices of this machine") from None
         return placed
 
@@ -614,16 +617,11 @@ def _model_errors(source: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        problem = f"the model {source} cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+        problem = f"the model {source} cannot be loaded ({type(error).__name__}: {first_line(error)[:_LONGEST]})"
         fix = (
             "It must be a transformers causal language model with .safetensors weights; `harness doctor` shows versions"
         )
         raise ModelError(problem, fix=fix) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def context_length(config: Any) -> int | None:

@@ -12,7 +12,7 @@ from harness import store, suites
 from harness.comparison import FUNCTION_VIEWS
 from harness.comparison.context import declared_precision
 from harness.engines import Engine, runner
-from harness.errors import StaleError, UsageError
+from harness.errors import StaleError, UsageError, first_line
 from harness.flow.candidates import engine_of
 from harness.flow.references import reference_directory
 from harness.values import Golden, Run, Suite, Trace, View, work_digest
@@ -127,7 +127,7 @@ def _with_upcast(golden: Golden, engine: Engine, trace: Trace, runs: Sequence[Ru
     except (Exception, SystemExit) as error:  # whatever it does when it is widened, its run as shipped still counts
         if os.environ.get("HARNESS_TRACEBACK"):
             raise
-        first = (str(error).strip() or "no message").splitlines()[0]
+        first = first_line(error, "no message")
         return replace(trace, upcast_reason=f"its float32 copy fails ({type(error).__name__}: {first})")
     return replace(trace, upcast=found)
 
