@@ -30,11 +30,11 @@ SHORTER = (
     (",static_cache=true,compile=true", ",static_cache=true"),
     (",show=tokens ", ",show=top "),  # tokens alone say too little about the one prompt of the shorter suite
     ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),
-    ("power --nulls 3000", "power --nulls 1 --minutes 0.2"),
+    ("power --nulls 3000 --jobs 2", "power --nulls 1 --minutes 0.2"),
     ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),
     ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
     ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
-    ("benchmarks/mutants.py", "benchmarks/mutants.py --suite headline --host gpt2-tiny"),
+    ("power --jobs 2", "power --jobs 2 --quick --only wc-eps,plain --host llama-tiny"),
     ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
 )

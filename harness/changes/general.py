@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from harness.changes.prompts import FINEST_FIRST, Shared
 from harness.numerics import bounds, statistics
-from harness.numerics.constants import ALPHA_POOLED, EFFECT, SPREAD_DEFAULT, SPREADS
+from harness.numerics.constants import ALPHA_POOLED, EFFECT
 from harness.numerics.moments import norms_of, scale_of
 from harness.values import Change, Floor, Golden, Kind
 
@@ -137,10 +137,9 @@ def _pooled_limit(golden: Golden, name: str) -> float:
     scale = scale_of(golden.centre_rows(precision), floor.sigma, floor.pair, [], prompts, golden.vocabulary)
     unit = statistics.unit_of("all", [np.ones((prompts, 2), dtype=np.int64)])
     values = statistics.logits(floor.moments, norms_of(scale), unit)
-    scatter = SPREADS.get(precision, {}).get(statistics.ERROR, (SPREAD_DEFAULT, "", 0.0))[0]
     bound = bounds.magnitude_bound(
         values[statistics.ERROR],
-        bounds.spread_of(values[statistics.ERROR], floor.effective, scatter),
+        bounds.spread_of(values[statistics.ERROR], floor.effective, bounds.scatter_of(precision, statistics.ERROR)),
         alpha=ALPHA_POOLED,
         tests=len(values),
         precision=precision if precision in EFFECT else "bfloat16",

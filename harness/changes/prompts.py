@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from harness.numerics import bounds, metrics, statistics
 from harness.numerics.bounds import Spread
-from harness.numerics.constants import ALPHA_GROUPS, ALPHA_TOKENS, EFFECT, MAX_SMALLEST, SPREADS
+from harness.numerics.constants import ALPHA_GROUPS, ALPHA_TOKENS, EFFECT, MAX_SMALLEST
 from harness.numerics.moments import norms_of, scale_of
 from harness.numerics.sketch import select_rows
 from harness.values import Change, Floor, Golden, Kind, Rows
@@ -61,7 +61,8 @@ class Yardstick:
         poor to excuse anything.
         """
         own = self.spreads[prompt].own / math.sqrt(share)
-        spread = Spread(own=own, value=math.hypot(own, _scatter(self.precision)), degrees=self.spreads[prompt].degrees)
+        value = math.hypot(own, bounds.scatter_of(self.precision, statistics.PROMPT))
+        spread = Spread(own=own, value=value, degrees=self.spreads[prompt].degrees)
         bound = bounds.magnitude_bound(
             self.replicas[:, prompt],
             spread,
@@ -88,13 +89,9 @@ def yardstick(golden: Golden, other: Golden) -> Yardstick | None:
         precision=name,
         floor=floor,
         replicas=replicas,
-        spreads=tuple(bounds.moderated(replicas, floor.effective, _scatter(name))),
+        spreads=tuple(bounds.moderated(replicas, floor.effective, bounds.scatter_of(name, statistics.PROMPT))),
         tie=bounds.tie_factor(int(golden.rows.generated.sum()), ALPHA_TOKENS),
     )
-
-
-def _scatter(precision: str) -> float:
-    return SPREADS[precision][statistics.ERROR][0]
 
 
 # --- the rows that two prompts share ---------------------------------------------------------------

@@ -1,62 +1,130 @@
-"""`harness power`: how often correct implementations are called wrong."""
+"""`harness power`: which bugs a check finds, and how often it calls correct implementations wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from harness.cli.output import must_be_writable, progress_bar, write_json
 from harness.errors import UsageError
 
+if TYPE_CHECKING:
+    from harness.power.trial import Trial
+
+_MODES = "--nulls, --spreads, --summary and --list"
+
 
 @click.command()
 @click.option("--nulls", type=click.IntRange(min=1), metavar="N", help="At least N verdicts, then the table.")
 @click.option("--spreads", is_flag=True, help="Measure how far correct implementations scatter, for constants.py.")
-@click.option("--groups", type=click.IntRange(min=1), metavar="G", help="For --spreads: groups of prompts a model.")
-@click.option("--summary", is_flag=True, help="The table of what is there.")
+@click.option("--summary", is_flag=True, help="The table of the nulls that are there.")
 @click.option("--list", "listed", is_flag=True, help="The held-out implementations, and the bug catalogue.")
+@click.option("--groups", type=click.IntRange(min=1), metavar="G", help="Groups of prompts a model.")
+@click.option("--only", metavar="ID,...", help="These bugs, controls and correct implementations alone.")
+@click.option("--host", "hosts", metavar="NAME,...", help="These models alone.")
+@click.option("--quick", is_flag=True, help="On a few short prompts, those that show in logits alone.")
+@click.option("--as-reported", is_flag=True, help="Leave out the weaker strengths of bugs.")
+@click.option("--plot", "plot_file", metavar="FILE", help="Detection against S/N in bfloat16, as .svg or .png.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path(".power"), show_default=True, help="Directory.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="J", help="Run in J processes.")
 @click.option("--shard", metavar="I/N", help="Do part I (from 0) of N; each part is a process of its own.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="Stop after that long.")
-@click.option("--json", "json_file", metavar="FILE", help="Write every verdict as JSON; '-' for standard output.")
+@click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON; '-' for standard output.")
 def power(
     nulls: int | None,
     spreads: bool,
-    groups: int | None,
     summary: bool,
     listed: bool,
+    groups: int | None,
+    only: str | None,
+    hosts: str | None,
+    quick: bool,
+    as_reported: bool,
+    plot_file: str | None,
     work: Path,
+    jobs: int | None,
     shard: str | None,
     minutes: float | None,
     json_file: str | None,
 ) -> int:
-    """Measure false alarms: check correct implementations that the goldens know nothing of.
+    """Measure what a check finds: put the bugs of the catalogue into models, beside correct implementations.
 
     \b
-    harness power --nulls 3000
-    harness power --nulls 3000 --shard 0/2 --minutes 30
-    harness power --spreads --groups 6
+    harness power --jobs 2                         every bug on every host, our rules beside the peers'
+    harness power --only wc-eps,at-scale --host llama-tiny
+    harness power --nulls 3000 --jobs 2            false alarms on correct implementations
+    harness power --spreads --groups 2             how far these scatter
 
     What is done stays in the directory --work, and a run goes on where the last one ended.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
-    if [nulls is not None, spreads, summary, listed].count(True) != 1:
-        raise UsageError("give one of --nulls, --spreads, --summary and --list", fix="E.g. harness power --nulls 3000")
-    if spreads != (groups is not None):
-        raise UsageError("--spreads and --groups go together", fix="E.g. harness power --spreads --groups 6")
-    if (summary or listed) and (shard or minutes):
-        raise UsageError("--shard and --minutes are of a run", fix="Give them with --nulls or --spreads")
+    modes = [nulls is not None, spreads, summary, listed].count(True)
+    table = not modes
+    if modes > 1:
+        raise UsageError(f"give one of {_MODES}, or none of them", fix="E.g. harness power --nulls 3000")
+    if spreads and groups is None:
+        raise UsageError("--spreads needs a number of --groups", fix="E.g. harness power --spreads --groups 2")
+    if groups is not None and not (spreads or table):
+        raise UsageError("--groups is of --spreads and of the bugs", fix="--nulls makes as many as it needs")
+    if not table and (only or hosts or quick or as_reported or plot_file):
+        raise UsageError("--only, --host, --quick, --as-reported and --plot are of the bugs", fix=f"Leave out {_MODES}")
+    if (summary or listed) and (shard or minutes or jobs):
+        raise UsageError("--shard, --jobs and --minutes are of a run", fix="Give them with --nulls or --spreads")
+    if shard and jobs:
+        raise UsageError("--shard is one process, --jobs are several", fix="Give one of them")
+    if shard and table and (json_file or plot_file):
+        raise UsageError(
+            "--shard is a part of a run, which writes no table",
+            fix="Give --json and --plot without --shard, afterwards",
+        )
     if (spreads or listed) and json_file:
-        raise UsageError("--json is of the nulls", fix="Give it with --nulls or --summary")
+        raise UsageError("--json is of the nulls and of the bugs", fix="Give it without --spreads and --list")
     must_be_writable("--json", json_file)
+    must_be_writable("--plot", plot_file)
+    if plot_file:
+        from harness.power.plot import refuse_undrawable
+
+        refuse_undrawable(Path(plot_file))
     part = _part(shard)
+    again = _Again(work=work, jobs=jobs or 1, minutes=minutes)
     if listed:
         _list_all()
-    elif groups is not None:
-        _measure_spreads(groups, work, part, minutes)
+    elif groups is not None and spreads:
+        _measure_spreads(groups, part, again)
+    elif table:
+        asked = _Asked(groups or 1, _names(only), _names(hosts), quick, as_reported)
+        _find_bugs(asked, plot_file, part, again, json_file, shard)
     else:
-        _count_alarms(nulls, work, part, minutes, json_file)
+        _count_alarms(nulls, part, again, json_file)
     return 0
+
+
+class _Again:
+    """The same run in processes of its own."""
+
+    def __init__(self, *, work: Path, jobs: int, minutes: float | None) -> None:
+        self.work, self.jobs, self.minutes = work, jobs, minutes
+
+    def run(self, title: str, arguments: Sequence[str], done: Callable[[], int], total: int) -> None:
+        """Share it, with a bar over all parts."""
+        from harness.power.processes import run_parts
+
+        limit = [] if self.minutes is None else ["--minutes", str(self.minutes)]
+        with progress_bar(title) as progress:
+
+            def seen() -> int:
+                found = done()
+                progress(found, total, f"{self.jobs} processes")
+                return found
+
+            run_parts(["power", *arguments, "--work", str(self.work), *limit], self.jobs, seen)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _list_all() -> None:
@@ -79,25 +147,98 @@ def _list_all() -> None:
         click.echo("\n".join(lines))
 
 
-def _measure_spreads(groups: int, work: Path, part: tuple[int, int], minutes: float | None) -> None:
-    from harness import power as bench
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Which bugs, on which prompts."""
 
-    with progress_bar("pilot") as progress:
-        bench.run_pilot(groups, work, progress, part, minutes=minutes)
-    results = bench.of_this_rule(bench.read_results(work, bench.PILOT))
+    groups: int
+    only: list[str] | None
+    hosts: list[str] | None
+    quick: bool
+    as_reported: bool
+
+    def words(self) -> list[str]:
+        """As arguments of the command."""
+        words = ["--groups", str(self.groups)]
+        for name, values in (("--only", self.only), ("--host", self.hosts)):
+            words += [] if values is None else [name, ",".join(values)]
+        return words + ["--quick"] * self.quick + ["--as-reported"] * self.as_reported
+
+
+def _find_bugs(
+    asked: _Asked,
+    plot_file: str | None,
+    part: tuple[int, int],
+    again: _Again,
+    json_file: str | None,
+    shard: str | None,
+) -> None:
+    """Run what is missing, and print what all of it adds up to; a part of a run prints nothing."""
+    from harness.power import rendering, trials
+    from harness.power.detection import tables
+    from harness.power.plot import write_plot
+
+    blanks = trials.planned(
+        asked.groups, names=asked.only, places=asked.hosts, sweeps=not asked.as_reported, quick=asked.quick
+    )
+    keys = {blank.key for blank in blanks}
+
+    def done() -> list[Trial]:
+        return [one for one in trials.read_trials(again.work) if one.key in keys]
+
+    if again.jobs > 1:
+        again.run("bugs", asked.words(), lambda: len(done()), len(blanks))
+    else:
+        with progress_bar("bugs") as progress:
+            trials.run_trials(blanks, again.work, progress, part, minutes=again.minutes)
+    if shard:
+        return
+    found = done()
+    summed = tables(found)
+    if json_file != "-":
+        click.echo(rendering.tables_to_text(summed))
+        click.echo("".join(f"\n{line}\n" for line in rendering.beside_tables(found, summed)), nl=False)
+    if json_file:
+        write_json([rendering.tables_to_dict(summed)], json_file)
+    if plot_file:
+        drawn = [one for one in summed if one.precision == "bfloat16"]
+        if not drawn:
+            raise UsageError(
+                "--plot shows bfloat16, in which nothing was judged", fix="Run other bugs, or leave it out"
+            )
+        write_plot(drawn[0], Path(plot_file))
+
+
+def _measure_spreads(groups: int, part: tuple[int, int], again: _Again) -> None:
+    from harness.power import ledger
+    from harness.power import nulls as bench
+    from harness.power.drawn import PILOT
+
+    if again.jobs > 1:
+        again.run(
+            "pilot",
+            ["--spreads", "--groups", str(groups)],
+            lambda: len(bench.read_results(again.work, PILOT)),
+            groups * len(bench.combinations(ledger.WHOLE)),
+        )
+    else:
+        with progress_bar("pilot") as progress:
+            bench.run_pilot(groups, again.work, progress, part, minutes=again.minutes)
+    results = ledger.of_this_rule(bench.read_results(again.work, PILOT))
     click.echo(bench.table_to_literal(bench.spreads(results)))
 
 
-def _count_alarms(
-    nulls: int | None, work: Path, part: tuple[int, int], minutes: float | None, json_file: str | None
-) -> None:
+def _count_alarms(count: int | None, part: tuple[int, int], again: _Again, json_file: str | None) -> None:
     """Run the nulls, where a number is given, and print the table of all that are there."""
-    from harness import power as bench
+    from harness.power import nulls as bench
+    from harness.power.drawn import NULLS
 
-    if nulls is not None:
+    if count is not None and again.jobs > 1:
+        again.run("nulls", ["--nulls", str(count)], lambda: len(bench.read_results(again.work, NULLS)), count)
+    elif count is not None:
         with progress_bar("nulls") as progress:
-            bench.run_nulls(nulls, work, progress, part, minutes=minutes)
-    results = bench.read_results(work, bench.NULLS)
+            bench.run_nulls(count, again.work, progress, part, minutes=again.minutes)
+    results = bench.read_results(again.work, NULLS)
     found = bench.summarise(results)
     if json_file != "-":
         click.echo(bench.summary_to_text(found))

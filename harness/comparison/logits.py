@@ -40,7 +40,7 @@ def judge(context: Context) -> Judged:
     findings = [finding for one in found if (finding := finding_of(context, one)) is not None]
     if smallest > MAX_SMALLEST and all(finding.status.ok for finding in findings):
         findings.append(too_little(context, smallest))
-    return Judged(findings=tuple(findings), statistics=tuple(_kept(pooled, groups)), smallest=smallest)
+    return Judged(findings=tuple(findings), statistics=tuple(found), smallest=smallest)
 
 
 def too_little(context: Context, smallest: float) -> Finding:
@@ -177,12 +177,12 @@ def _groups(context: Context, floor: Floor, shown: Sequence[tuple[Pass, Moments]
         of_prompts = statistics.by_prompt(floor.moments, context.norms, unit)
         by_prompt = statistics.by_prompt(part, context.norms, unit)
         names = [f"{unit.name}, prompt {request_name(context.golden, i)!r}" for i in range(len(by_prompt))]
-        yield from _family(context, floor, of_prompts, by_prompt, names, tests)
+        yield from _family(context, floor, statistics.PROMPT, of_prompts, by_prompt, names, tests)
         if len(one.requests) == len(context.golden.requests):
             of_buckets = statistics.by_bucket(floor.moments, context.norms, unit)
             by_bucket = statistics.by_bucket(part, context.norms, unit)
             names = [f"{unit.name}, {_bucket_name(context, i)}" for i in range(len(by_bucket))]
-            yield from _family(context, floor, of_buckets, by_bucket, names, tests)
+            yield from _family(context, floor, statistics.RANGE, of_buckets, by_bucket, names, tests)
 
 
 def _worst_position(context: Context, floor: Floor, part: Moments, unit: Unit, tests: int) -> Statistic:
@@ -193,10 +193,16 @@ def _worst_position(context: Context, floor: Floor, part: Moments, unit: Unit, t
 
 
 def _family(
-    context: Context, floor: Floor, replicas: Float64, values: Float64, names: Sequence[str], tests: int
+    context: Context,
+    floor: Floor,
+    kind: str,
+    replicas: Float64,
+    values: Float64,
+    names: Sequence[str],
+    tests: int,
 ) -> Iterator[Statistic]:
     """Log rms of several units of one kind, whose spreads are drawn towards each other."""
-    spreads = bounds.moderated(replicas, floor.effective, context.scatter_of(statistics.ERROR))
+    spreads = bounds.moderated(replicas, floor.effective, context.scatter_of(kind))
     for index, spread in enumerate(spreads):
         # -inf marks a unit without rows or without any error; NaN must not be skipped with it.
         if np.isneginf(values[index]):
@@ -204,7 +210,7 @@ def _family(
         bound = bounds.magnitude_bound(
             replicas[:, index], spread, alpha=ALPHA_GROUPS, tests=tests, precision=context.precision
         )
-        yield statistic(context, statistics.ERROR, names[index], float(values[index]), bound)
+        yield statistic(context, kind, names[index], float(values[index]), bound)
 
 
 def _bucket_name(context: Context, bucket: int) -> str:
@@ -234,13 +240,6 @@ def statistic(context: Context, name: str, unit: str, value: float, bound: Bound
     )
 
 
-def _kept(pooled: Sequence[Statistic], groups: Sequence[Statistic]) -> Iterator[Statistic]:
-    """The pooled statistics, and of the groups the one with the largest |z| of each name."""
-    yield from pooled
-    for name in sorted({one.name for one in groups}):
-        yield max((one for one in groups if one.name == name), key=lambda one: abs(one.z))
-
-
 _SIGNED_WORDS = {
     statistics.GAIN: "the logits are scaled",
     statistics.LOGP: "the log-probability of the next token is shifted",
@@ -263,6 +262,8 @@ def finding_of(context: Context, one: Statistic) -> Finding | None:
     else:
         what = {
             statistics.ERROR: "the error",
+            statistics.PROMPT: "the error",
+            statistics.RANGE: "the error",
             statistics.WORST: "the error of one position",
             statistics.SHIFT: "a shift that all positions have in common",
         }.get(one.name, f"the {one.name}")

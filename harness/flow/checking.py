@@ -98,9 +98,9 @@ def _judged(
     """The verdict on a trace; one of the quick runs alone is judged by these, whatever is asked."""
     runs = asked_runs(golden, quick or trace.quick)
     trace = _only(trace, {one.name for one in runs}) if quick and not trace.quick else trace
-    scoring = _scoring(golden, trace, reference, progress)
+    asked = scoring(golden, trace, reference, progress)
     return judge(
-        compare(golden, trace, runs, scoring=scoring, spreads=spreads),
+        compare(golden, trace, runs, scoring=asked, spreads=spreads),
         golden=golden.name,
         candidate=trace.engine,
         settings=trace.settings,
@@ -114,7 +114,7 @@ def _only(trace: Trace, names: set[str]) -> Trace:
     return replace(trace, passes=tuple(one for one in trace.passes if one.run in names), upcast=wide)
 
 
-def _scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress: Progress) -> Scoring:
+def scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress: Progress) -> Scoring:
     """What only a live reference can say: tokens behind a divergence, what quantised weights should give."""
     free = tuple(diverged(golden, trace))
     scheme, unknown = trace.settings.get("weights"), trace.settings.get("quantised")

@@ -15,7 +15,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.numerics.constants import CATCH, EFFECT, FEWEST_UNITS, LARGEST_PRIOR, VARIETY_ERRORS
+from harness.numerics.constants import (
+    CATCH,
+    EFFECT,
+    FEWEST_UNITS,
+    LARGEST_PRIOR,
+    SPREAD_DEFAULT,
+    SPREADS,
+    VARIETY_ERRORS,
+)
 
 Float64 = NDArray[np.float64]
 
@@ -173,6 +181,11 @@ def _upper(
         failing=(-math.inf, failing),
         why=why,
     )
+
+
+def scatter_of(precision: str, name: str) -> float:
+    """Scatter of a statistic between correct implementations beyond that of replicas (constants.SPREADS)."""
+    return SPREADS.get(precision, {}).get(name, (SPREAD_DEFAULT, "", 0.0))[0]
 
 
 def signed_bound(replicas: Float64, spread: Spread, *, alpha: float, tests: int) -> Bound:

@@ -30,43 +30,48 @@ REPLICAS = 24
 #: Scatter of each statistic between families of correct implementations, beyond what replicas of one have (numerics
 #: 2.5a): precision -> statistic -> (largest over families, the family that has it, largest of the others). Each is the
 #: root of mean((value - centre)^2) - mean(own^2), and one standard error of it, over hosts and prompt groups. Printed
-#: by `harness power --spreads --groups 2`. The third number is what the null bench judges that family by: no family
+#: by `harness power --spreads --groups 2`; the larger of that, where one prompt in eight has 480 tokens, and of the
+#: same with prompts of 160 tokens at most. The third number is what the null bench judges that family by: no family
 #: sets its own limit.
 SPREADS: Mapping[str, Mapping[str, tuple[float, str, float]]] = {
     "bfloat16": {
         "constant shift": (0.19, "ranks", 0.147),
         "direction int4": (0.0242, "ranks", 0.0225),
         "direction int8": (0.0233, "compiled", 0.0185),
-        "entropy": (0.0077, "plain", 0.0077),
+        "entropy": (0.00975, "ranks", 0.0077),
         "error": (0.0635, "plain", 0.0635),
         "gain": (0.0255, "norms-stepwise", 0.0249),
         "log p": (0.0623, "norms-stepwise", 0.054),
-        "margin": (0.0748, "plain", 0.0748),
+        "margin": (0.0797, "attention", 0.0797),
     },
     "float16": {
-        "constant shift": (0.162, "plain", 0.162),
+        "constant shift": (0.199, "norms-stepwise", 0.162),
         "direction int4": (0.0136, "plain", 0.0136),
         "direction int8": (0.0186, "attention", 0.0166),
         "entropy": (0.00982, "batch-1", 0.00936),
         "error": (0.0655, "norms-stepwise", 0.0605),
         "gain": (0.0246, "ranks", 0.0161),
         "log p": (0.0546, "ranks", 0.0399),
-        "margin": (0.0751, "plain", 0.0751),
+        "margin": (0.0805, "plain", 0.0805),
     },
     "float32": {
-        "constant shift": (0.155, "compiled", 0.138),
+        "constant shift": (0.224, "permuted", 0.188),
         "direction int4": (0.0278, "compiled", 0.0228),
         "direction int8": (0.036, "compiled", 0.0339),
         "entropy": (0.01, "ranks", 0.00895),
         "error": (0.164, "threads-2", 0.162),
         "gain": (0.0152, "norms-once", 0.0146),
-        "log p": (0.0498, "compiled", 0.0293),
-        "margin": (0.0997, "ranks", 0.0729),
+        "log p": (0.0498, "compiled", 0.0308),
+        "margin": (0.111, "norms-stepwise", 0.106),
     },
 }
 
 #: Scatter of a statistic that SPREADS does not name: numerics 2.5a measured 0.10 to 0.16 for a log rms over
-#: draws, and the larger is taken, since a too small spread is a false alarm.
+#: draws, and the larger is taken, since a too small spread is a false alarm. Errors of one prompt, and of a range of
+#: positions, are left to it: the pilot's families give 0.16 in float32, yet 0.04 to 0.06 in 16 bits, since all of them
+#: round BLOOM's large ALiBi scores alike. Scores with another offset, which the softmax does not see, are rounded
+#: otherwise: without its key bias bloom-tiny errs 1.6 x as much on one prompt of 500 tokens, 1.3 x over all positions
+#: from 492 on (`ok-key-bias` in float16 on `core`).
 SPREAD_DEFAULT = 0.16
 
 #: A row's round-off is at least this share of the median row's (numerics 2.2): with K replicas a

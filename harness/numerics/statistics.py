@@ -20,11 +20,12 @@ from harness.values import Moments
 Float64 = NDArray[np.float64]
 
 ERROR, WORST, SHIFT = "error", "worst position", "constant shift"
+PROMPT, RANGE = "error of a prompt", "error of a range"
 GAIN, LOGP, ENTROPY, MARGIN = "gain", "log p", "entropy", "margin"
 TOP, TOP_WORST, FLIPS, DEFICIT = "top entries", "worst step", "flips", "deficit"
 
 #: Only too large a value of these speaks against a candidate.
-MAGNITUDES = frozenset({ERROR, WORST, SHIFT, TOP, TOP_WORST})
+MAGNITUDES = frozenset({ERROR, WORST, SHIFT, PROMPT, RANGE, TOP, TOP_WORST})
 #: A bias in either direction does.
 SIGNED = frozenset({GAIN, LOGP, ENTROPY, MARGIN})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.values import Answer, Blame, Difference, Finding, PassSummary, Power, Statistic, Verdict
@@ -35,7 +35,7 @@ def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
             "findings": [_fields(finding, Finding.__slots__) for finding in verdict.findings],
             "answers": [_answer(one) for one in verdict.answers],
             "power": _power(verdict.power),
-            "statistics": [_fields(one, Statistic.__slots__) for one in verdict.statistics],
+            "statistics": [_fields(one, Statistic.__slots__) for one in _told(verdict.statistics)],
             "passes": [_fields(one, PassSummary.__slots__) for one in verdict.passes],
             "settings": verdict.settings,
             "environment": [_fields(one, Difference.__slots__) for one in verdict.environment],
@@ -44,6 +44,14 @@ def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
         }
     )
     return plain
+
+
+def _told(found: Sequence[Statistic]) -> Iterator[Statistic]:
+    """The pooled statistics, and of the groups the one with the largest |z| of each question and name."""
+    yield from (one for one in found if one.unit == "all")
+    groups = [one for one in found if one.unit != "all"]
+    for kind in sorted({(one.question, one.name) for one in groups}):
+        yield max((one for one in groups if (one.question, one.name) == kind), key=lambda one: abs(one.z))
 
 
 def _answer(answer: Answer) -> dict[str, Any]:

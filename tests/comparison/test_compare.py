@@ -308,8 +308,12 @@ def test_the_order_of_the_prompts_changes_nothing(factor, number, seed):
     trace = literal.trace(truth + factor * literal.noise(500 + seed, shape=_SHAPE), shape=_SHAPE)
     moved = replace(trace, passes=tuple(replace(one, rows=_relabelled_rows(one.rows, number)) for one in trace.passes))
     before, after = literal.judged(_UNEVEN, trace), literal.judged(_relabelled(_UNEVEN, number), moved)
-    for one, other in zip(before.statistics, after.statistics, strict=True):
-        assert (one.name, one.unit) == (other.name, other.unit)
+    # Groups follow the order of the prompts.
+    first, second = ({(one.name, one.unit): one for one in each.statistics} for each in (before, after))
+    assert first.keys() == second.keys()
+    assert len(first) == len(before.statistics) == len(after.statistics)
+    for key, one in first.items():
+        other = second[key]
         assert other.value == pytest.approx(one.value, rel=1e-3, abs=1e-4)
         assert other.failing == pytest.approx(one.failing, rel=1e-3, abs=1e-4)
     assert [answer.status for answer in after.answers] == [answer.status for answer in before.answers]

@@ -242,12 +242,35 @@ def test_a_visit_of_one_prompt_is_judged_by_that_prompt(golden):
     assert not any(finding.where.startswith("order/replay visit 3") for finding in findings)
 
 
-def test_of_each_kind_of_group_the_farthest_is_kept(golden):
-    """The report has every pooled statistic, and of the groups the one of each name with the largest z."""
+def test_every_group_has_its_statistic(golden):
+    """Each pass has seven values, one error a prompt and one for each range of positions that it shows, all kept."""
     comparison = literal.judged(golden, literal.trace(_TRUTH + literal.noise(7)))
-    groups = [one.name for one in comparison.statistics if one.unit != "all"]
+    groups = [(one.unit, one.name) for one in comparison.statistics if one.unit != "all"]
     assert len(groups) == len(set(groups))
-    assert set(groups) == {*statistics.SIGNED, statistics.ERROR, statistics.SHIFT, statistics.WORST}
+    ranges = ["12 to 14", "15 to 18", "19 to 21"]  # of the continuation; below it, the prompt of 12 tokens
+    shown = {"batched/replay": ranges, "batched/prefill": ["1 to 4", "5 to 7", "8 to 11", *ranges]}
+    of_passes = {*statistics.SIGNED, statistics.ERROR, statistics.SHIFT, statistics.WORST}
+    assert set(groups) == {
+        *((name, each) for name in shown for each in of_passes),
+        *((f"{name}, prompt 'p{i}'", statistics.PROMPT) for name in shown for i in range(literal.PROMPTS)),
+        *((f"{name}, positions {each}", statistics.RANGE) for name, those in shown.items() for each in those),
+    }
+
+
+def test_errors_of_prompts_and_ranges_have_names_of_their_own(golden):
+    """A finding says which of them it is; in words all are the error."""
+    request, position, _ = literal.row_keys()
+    for mask, name, where in (
+        (request == 2, statistics.PROMPT, "batched/prefill, prompt 'p2'"),
+        (position >= 19, statistics.RANGE, "batched/prefill, positions 19 to 21"),
+    ):
+        wrong = _TRUTH + literal.noise(8)
+        wrong[mask] += 6 * literal.noise(9)[mask]
+        findings = literal.judged(golden, literal.trace(wrong)).findings
+        (found,) = (one for one in findings if one.check == name and one.where == where)
+        assert found.status is Status.DEVIATES
+        assert found.message.startswith("the error is ")
+        assert found.measured > found.allowed
 
 
 def test_a_pass_has_its_own_ratio_and_limit(golden):

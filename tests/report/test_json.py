@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import values
+from harness.numerics import statistics
 from harness.report.json import VERSION, schema, verdict_to_dict
 from harness.values import Answer, Blame, Difference, Finding, PassSummary, Power, Statistic, Status, Verdict
 from tests.comparison import literal
@@ -110,8 +111,54 @@ def test_a_real_comparison_can_be_written(size):
     )
     data = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
     assert {one["question"] for one in data["statistics"]} == {"function", "precision"}
-    assert len(data["statistics"]) == len(comparison.statistics)
+    told = [(one["question"], one["unit"], one["name"]) for one in data["statistics"]]
+    assert len(told) == len(set(told))
+    assert {one for one in told if one[1] == "all"} == {
+        (one.question, one.unit, one.name) for one in comparison.statistics if one.unit == "all"
+    }
+    assert {(question, name) for question, _, name in told} == {(s.question, s.name) for s in comparison.statistics}
     assert len(data["passes"]) == 4
+
+
+def test_of_each_kind_of_group_the_farthest_is_told():
+    """Every pooled statistic, and of the groups the one of each question and name with the largest z, either way."""
+    found = (
+        dataclasses.replace(_STATISTIC, name="gain", z=0.1),
+        dataclasses.replace(_STATISTIC, name="gain", unit="a", z=2.0),
+        dataclasses.replace(_STATISTIC, name="gain", unit="b", z=-3.0),
+        dataclasses.replace(_STATISTIC, name="error of a prompt", unit="c", z=1.0),
+        dataclasses.replace(_STATISTIC, name="gain", question="function", unit="d", z=0.5),
+        dataclasses.replace(_STATISTIC, name="error", z=0.2),
+    )
+    told = _verdict(statistics=found).to_dict()["statistics"]
+    assert [(one["question"], one["name"], one["unit"]) for one in told] == [
+        ("precision", "gain", "all"),
+        ("precision", "error", "all"),
+        ("function", "gain", "d"),
+        ("precision", "error of a prompt", "c"),
+        ("precision", "gain", "b"),
+    ]
+
+
+def test_of_a_real_comparison_the_farthest_groups_are_told():
+    """One each of the errors of prompts, of ranges and of seven values of a pass, for either question."""
+    golden, truth = literal.golden(precisions=("bfloat16", "float32")), literal.reference_logits()
+    comparison = literal.judged(golden, literal.trace(truth + literal.noise(5), upcast=truth + literal.noise(6) / 1e4))
+    told = [one for one in _verdict(statistics=comparison.statistics).to_dict()["statistics"] if one["unit"] != "all"]
+    assert len(told) == len({(one["question"], one["name"]) for one in told})
+    names = {
+        *statistics.SIGNED,
+        statistics.ERROR,
+        statistics.SHIFT,
+        statistics.WORST,
+        statistics.PROMPT,
+        statistics.RANGE,
+    }
+    assert {one["name"] for one in told if one["question"] == "precision"} == names
+    for one in told:
+        rivals = [s.z for s in comparison.statistics if (s.question, s.name) == (one["question"], one["name"])
+                  and s.unit != "all"]  # fmt: skip
+        assert abs(one["z"]) == max(map(abs, rivals))
 
 
 def test_environment_and_blame_are_told():

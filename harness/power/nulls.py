@@ -10,39 +10,24 @@ Remove its `goldens` when the way replicas are drawn has changed: a golden does 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import itertools
-import json
 import math
-import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from harness import checkpoint, flow, store, suites
-from harness.engines import hf
-from harness.engines.base import Engine
-from harness.engines.spec import parse_spec
-from harness.environment import thread_count, versions
-from harness.errors import EngineError, GoldenError, UsageError
-from harness.models import grammar
-from harness.models.recipes import RECIPES
-from harness.mutations.benign import FAMILIES, Family, kin_of
-from harness.numerics import constants
-from harness.numerics.constants import EFFECT, REPLICAS, SPREADS
-from harness.numerics.sketch import Sketcher
-from harness.numerics.statistics import MAGNITUDES
-from harness.values import Generation, Golden, Request, Status, Suite, Verdict
-
-#: Hosts of the bench, each with its directory as seen from the repository's root.
-MODELS: Mapping[str, Path] = {name: Path("golden") / name / "model" for name in RECIPES}
-PRECISIONS = tuple(EFFECT)
+from harness import flow
+from harness.mutations.benign import FAMILIES, kin_of
+from harness.numerics.constants import SPREADS
+from harness.numerics.statistics import MAGNITUDES, PROMPT, RANGE
+from harness.power import ledger
+from harness.power.drawn import MODELS, NULLS, PILOT, PRECISIONS, Bench, generate_suite, recorded
+from harness.power.ledger import WHOLE, Late, Progress, Report, Shard, of_this_rule, rule_version
+from harness.power.opening import opened
+from harness.values import Golden, Status, Verdict
 
 #: Verdicts that call a correct implementation wrong. What was not judged (unmeasured, stale, error, skipped) is
 #: neither an alarm nor a success: it is counted apart.
@@ -55,32 +40,12 @@ CONFIDENCE = 0.95
 
 #: Precision -> statistic -> (largest, the family that has it, the largest of the other families).
 Table = Mapping[str, Mapping[str, tuple[float, str, float]]]
-#: Called with how many verdicts are there, how many there will be, and what is being done.
-Progress = Callable[[int, int, str], None]
-
-_SHORTEST = 8
-_CHARACTERS_A_TOKEN = 3.7
 _SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
-    """Which prompts, and which file. Group g is made from seed ``seed + g``.
-
-    The small models were trained on the text of seeds 11 to 14 and 1,011 to 1,014, the suites took 20,231.
-    """
-
-    name: str
-    seed: int
-
-
-NULLS = Bench(name="nulls", seed=2_000_000)
-PILOT = Bench(name="pilot", seed=3_000_000)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Pooled:
-    """A statistic of all prompts together, as `Statistic` has it; ``precision`` names the floor."""
+    """A statistic of all prompts together, of one, or of a range; ``precision`` names the floor."""
 
     question: str
     precision: str
@@ -112,160 +77,11 @@ class Result:
         return (self.model, self.family, self.precision, self.group, self.version)
 
 
-def rule_version() -> str:
-    """The package's version and a digest of the constants: a verdict under other constants is another verdict."""
-    text = Path(constants.__file__).read_bytes()
-    return f"{versions()['golden-harness']}-{hashlib.sha256(text).hexdigest()[:12]}"
-
-
-# --- prompts and goldens -----------------------------------------------------------------------
-
-
-def generate_suite(seed: int, prompts: int = 8, new_tokens: int = 32, *, longest: int = 160) -> Suite:
-    """Beginnings of the grammar's documents, about 8 to ``longest`` tokens, all in one left-padded batch."""
-    rng = random.Random(seed)
-    documents = grammar.documents(seed)
-    lengths = [math.exp(rng.uniform(math.log(_SHORTEST), math.log(longest))) for _ in range(prompts)]
-    data = {
-        "name": f"null-{seed}",
-        "description": f"Drawn from seed {seed}.",
-        "stop": "ignore-eos",
-        "add_special_tokens": True,
-        "max_new_tokens": new_tokens,
-        "prompts": [
-            {"id": f"drawn-{number}", "text": _beginning(documents, round(length * _CHARACTERS_A_TOKEN))}
-            for number, length in enumerate(lengths)
-        ],
-        # A size, since without one batches are planned by length and hardly padded.
-        "runs": [{"name": "batched", "batch_size": prompts, "views": ["generate", "replay", "prefill"], "quick": True}],
-    }
-    return suites.suite_from_dict(data, f"the suite of seed {seed}")
-
-
-def _beginning(documents: Iterator[str], characters: int) -> str:
-    return next(text for text in documents if len(text) > characters)[:characters]
-
-
-def recorded(model: Path, suite: Suite, out: Path, progress: Callable[[str], None] = lambda _text: None) -> Golden:
-    """The golden of a model and suite in ``out``, made where it is missing, damaged, or of something else."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.parent / f"{out.name}.lock"):
-        try:
-            golden = store.read_golden(out)
-        except GoldenError:
-            golden = None
-        if golden is None or golden.suite != suite or golden.model.digest != checkpoint.identify(model).digest:
-            golden = flow.record(
-                model,
-                suite,
-                out=out,
-                replicas=REPLICAS,
-                update=True,
-                reason="of another suite or model",
-                progress=progress,
-            )
-    return golden
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time: shards of one run need the same goldens."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-# --- engines -----------------------------------------------------------------------------------
-
-
-class _Kept(Engine):
-    """An open engine that stays open, however often it is entered: one loading and compiling for all groups."""
-
-    def __init__(self, engine: Engine, *, spec: str, wide: _Kept | None = None) -> None:
-        self.spec, self.declared, self.capabilities = spec, engine.declared, engine.capabilities
-        self._engine, self._wide = engine, wide
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        return None
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self._engine.settings
-
-    @property
-    def vocabulary(self) -> int:
-        return self._engine.vocabulary
-
-    def tokenize(self, suite: Suite) -> tuple[Request, ...] | None:
-        return self._engine.tokenize(suite)
-
-    def generate(
-        self, requests: Sequence[Request], *, batch_size: int | None, stop_ids: frozenset[int]
-    ) -> list[Generation]:
-        return self._engine.generate(requests, batch_size=batch_size, stop_ids=stop_ids)
-
-    def replay(
-        self,
-        requests: Sequence[Request],
-        continuations: Sequence[Sequence[int]],
-        *,
-        batch_size: int | None,
-        sketcher: Sketcher,
-    ) -> None:
-        self._engine.replay(requests, continuations, batch_size=batch_size, sketcher=sketcher)
-
-    def prefill(
-        self,
-        requests: Sequence[Request],
-        continuations: Sequence[Sequence[int]],
-        *,
-        batch_size: int | None,
-        sketcher: Sketcher,
-    ) -> None:
-        self._engine.prefill(requests, continuations, batch_size=batch_size, sketcher=sketcher)
-
-    def upcast(self) -> Engine:
-        if self._wide is None:
-            raise EngineError(f"{self.spec} was opened without a float32 copy", fix="Open it in 16 bits")
-        return self._wide
-
-
-@contextmanager
-def opened(family: Family, model: Path, precision: str) -> Iterator[Engine]:
-    """The engine of a family, and of its float32 copy, to be entered any number of times.
-
-    Raises:
-        LookupError: on entry, where the model or the machine lacks the part that the family changes.
-    """
-    options = {"dtype": precision, **family.options}
-    text = "hf:" + ",".join(f"{key}={_spec_word(value)}" for key, value in options.items())
-    with ExitStack() as stack:
-        engine = stack.enter_context(hf.build(parse_spec(text), model=str(model)))
-        wide = None
-        if precision != "float32":
-            # Copied before the family is applied, and the family then applied to the copy: a forward that was
-            # given to a module of the original would go on using the original's 16-bit weights in the copy.
-            copy = stack.enter_context(engine.upcast())
-            stack.enter_context(family.applied(copy.model))
-            wide = _Kept(copy, spec=f"{copy.spec} as {family.name}")
-        stack.enter_context(family.applied(engine.model))
-        yield _Kept(engine, spec=f"{text} as {family.name}", wide=wide)
-
-
-def _spec_word(value: str | int | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 # --- running -----------------------------------------------------------------------------------
 
 
 def run_nulls(
-    count: int, work: Path, progress: Progress, shard: tuple[int, int] = (0, 1), *, minutes: float | None = None
+    count: int, work: Path, progress: Progress, shard: Shard = WHOLE, *, minutes: float | None = None
 ) -> None:
     """At least ``count`` verdicts on correct implementations, over all shards, added to those in ``work``.
 
@@ -281,60 +97,52 @@ def run_nulls(
 
 
 def run_pilot(
-    groups: int, work: Path, progress: Progress, shard: tuple[int, int] = (0, 1), *, minutes: float | None = None
+    groups: int, work: Path, progress: Progress, shard: Shard = WHOLE, *, minutes: float | None = None
 ) -> None:
     """The verdicts that `spreads` needs, on ``groups`` groups of prompts a model; arguments as in `run_nulls`."""
     _run(PILOT, groups, work, progress, shard, minutes)
 
 
-def _run(
-    bench: Bench, groups: int, work: Path, progress: Progress, shard: tuple[int, int], minutes: float | None
-) -> None:
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+def _run(bench: Bench, groups: int, work: Path, progress: Progress, shard: Shard, minutes: float | None) -> None:
     asked = [
         Result(model=model, family=family, precision=precision, group=group, version=rule_version(), status=SKIPPED)
         for model, family, precision in combinations(shard)
         for group in range(groups)
     ]
-    work.mkdir(parents=True, exist_ok=True)
-    done = {result.key for result in read_results(work, bench)}
-    missing = [blank for blank in asked if blank.key not in done]
-    written = len(asked) - len(missing)
 
-    def report(text: str) -> None:
-        progress(written, len(asked), text)
+    def perform(missing: Sequence[Result], report: Report, late: Late) -> Generator[Result, None, None]:
+        return _results(missing, bench, work, report, late)
 
-    def late() -> bool:
-        return time.monotonic() > deadline
-
-    # One thread, whatever the machine has, so that two threads are something else.
-    with (
-        thread_count(1),
-        _appending(work, bench, shard) as append,
-        closing(_results(missing, bench, work, report, late)) as results,
-    ):
-        for result in results:
-            append(result)
-            written += 1
-            report(f"{result.model} {result.precision} {result.family}")
-            if late():
-                return
+    ledger.run(asked, work, bench.name, _parsed, perform, progress, shard, minutes)
 
 
-def combinations(shard: tuple[int, int]) -> list[tuple[str, str, str]]:
+def _parsed(data: dict[str, Any]) -> Result:
+    return Result(**{**data, "statistics": tuple(Pooled(**one) for one in data["statistics"])})
+
+
+def read_results(work: Path, bench: Bench) -> list[Result]:
+    """The results of all shards, each once, of this and of former versions of the rule.
+
+    Raises:
+        UsageError: for a line that is no result.
+    """
+    return ledger.read(work, bench.name, _parsed)
+
+
+def combinations(shard: Shard) -> list[tuple[str, str, str]]:
     """(model, family, precision) of one shard of (index, number): each is in exactly one of the shards."""
     index, number = shard
     return list(itertools.product(MODELS, FAMILIES, PRECISIONS))[index::number]
 
 
-def _golden(bench: Bench, model: str, group: int, work: Path, report: Callable[[str], None]) -> Golden:
+def _golden(bench: Bench, model: str, group: int, work: Path, report: Report) -> Golden:
     suite = generate_suite(bench.seed + group)
     place = work / "goldens" / model / suite.name
     return recorded(MODELS[model], suite, place, lambda text: report(f"{model} golden {group}: {text}"))
 
 
 def _results(
-    missing: Sequence[Result], bench: Bench, work: Path, report: Callable[[str], None], late: Callable[[], bool]
+    missing: Sequence[Result], bench: Bench, work: Path, report: Report, late: Late
 ) -> Generator[Result, None, None]:
     """The missing results filled in, one model, family and precision after the other."""
     goldens: dict[tuple[str, int], Golden] = {}
@@ -376,7 +184,8 @@ def _filled(blank: Result, verdict: Verdict) -> Result:
             Pooled(**{field.name: getattr(one, field.name) for field in fields(Pooled)})
             for one in verdict.statistics
             # What is not finite was judged as structure, and has no scatter.
-            if one.unit == "all" and all(map(math.isfinite, (one.value, one.centre, one.own, one.spread, one.z)))
+            if (one.unit == "all" or one.name in (PROMPT, RANGE))
+            and all(map(math.isfinite, (one.value, one.centre, one.own, one.spread, one.z)))
         ),
     )
 
@@ -390,53 +199,6 @@ def _first_failure(verdict: Verdict) -> str:
     if finding.measured is None or finding.allowed is None:
         return text
     return f"{text} (measured {finding.measured:.4g}, allowed {finding.allowed:.4g})"
-
-
-# --- results -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _appending(work: Path, bench: Bench, shard: tuple[int, int]) -> Iterator[Callable[[Result], None]]:
-    """A function that adds a line to this shard's file, after what a killed run left unfinished there is cut off."""
-    index, number = shard
-    path = work / (f"{bench.name}.jsonl" if number == 1 else f"{bench.name}-{index}.jsonl")
-    with path.open("ab") as file:
-        file.truncate(len(_whole_lines(path)))
-
-        def append(result: Result) -> None:
-            file.write(json.dumps(asdict(result), allow_nan=False).encode() + b"\n")
-            file.flush()
-
-        yield append
-
-
-def _whole_lines(path: Path) -> bytes:
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1]
-
-
-def read_results(work: Path, bench: Bench) -> list[Result]:
-    """The results of all shards, each once, of this and of former versions of the rule.
-
-    Raises:
-        UsageError: for a line that is no result; one that was cut short at the end of a file is passed over.
-    """
-    found: dict[tuple[str, str, str, int, str], Result] = {}
-    for path in sorted([*work.glob(f"{bench.name}.jsonl"), *work.glob(f"{bench.name}-*.jsonl")]):
-        for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
-            try:
-                data = json.loads(line)
-                result = Result(**{**data, "statistics": tuple(Pooled(**one) for one in data["statistics"])})
-            except (ValueError, TypeError, KeyError):
-                raise UsageError(f"line {number} of {path} is no result", fix="Remove it, or the whole file") from None
-            found[result.key] = result
-    return list(found.values())
-
-
-def of_this_rule(results: Sequence[Result]) -> list[Result]:
-    """Those that were judged by the rule as it is now."""
-    version = rule_version()
-    return [result for result in results if result.version == version]
 
 
 # --- how far correct implementations scatter ---------------------------------------------------
@@ -605,9 +367,12 @@ def _numbers(result: Result) -> Hashable:
 
 
 def _largest(results: Sequence[Result]) -> tuple[float, str] | None:
-    """The largest z, towards too large for magnitudes and in either direction for the others."""
+    """The largest z over all prompts, towards too large for magnitudes and in either direction for the others."""
     sizes = [
-        (one.z if one.name in MAGNITUDES else abs(one.z), one.name) for result in results for one in result.statistics
+        (one.z if one.name in MAGNITUDES else abs(one.z), one.name)
+        for result in results
+        for one in result.statistics
+        if one.name not in (PROMPT, RANGE)
     ]
     return max(sizes, default=None)
 
