@@ -64,7 +64,7 @@ def generate_suite(
         characters: of the model's tokenizer a token, on this text.
         alone: also the first prompt by itself, the longest, and the first again.
         ends: texts may end: all but the long prompt are whole documents but for a few characters, the first five whole;
-            every second prompt has half the budget, so that the rows of a batch end apart in any case.
+            the last prompt of a batch has half the budget, so that rows end apart in any case.
     """
     rng = random.Random(seed)
     documents = grammar.documents(seed)
@@ -72,14 +72,15 @@ def generate_suite(
     sizes = [round(length * characters) for length in lengths]
     if ends:
         cut = [rng.randint(1, round(new_tokens * characters / 2)) if number > 4 else 0 for number in range(prompts)]
-        texts = [_ending(documents, size, less) for size, less in zip(sizes, cut, strict=True)]
+        texts = [_ending(documents, length, less) for length, less in zip(sizes, cut, strict=True)]
     else:
-        texts = [_beginning(documents, size) for size in sizes]
+        texts = [_beginning(documents, length) for length in sizes]
     if long is not None:
         texts[-1] = _joined(documents, round(long * characters))
     views = ["generate", "replay", "prefill"]
     # A size, since without one batches are planned by length and hardly padded.
-    runs = [{"name": "batched", "batch_size": max(1, prompts // 2), "views": views, "quick": True}]
+    size, shorter = max(1, prompts // 2), {"max_new_tokens": new_tokens // 2}
+    runs = [{"name": "batched", "batch_size": size, "views": views, "quick": True}]
     if alone:
         runs.append({"name": "order", "batch_size": 1, "order": "A-B-A", "views": ["replay"]})
     data = {
@@ -89,11 +90,7 @@ def generate_suite(
         "add_special_tokens": True,
         "max_new_tokens": new_tokens,
         "prompts": [
-            {
-                "id": f"drawn-{number}",
-                "text": text,
-                **({"max_new_tokens": new_tokens // 2} if ends and number % 2 else {}),
-            }
+            {"id": f"drawn-{number}", "text": text, **(shorter if ends and (number + 1) % size == 0 else {})}
             for number, text in enumerate(texts)
         ],
         "runs": runs,

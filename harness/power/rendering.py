@@ -216,17 +216,35 @@ def _survivors(survivors: Sequence[Survivor]) -> list[str]:
     lines = ["missed: " + ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])]
     for reason in REASONS:
         members = [one for one in survivors if one.reason == reason]
-        # What a peer finds is never cut.
-        shown = [one for place, one in enumerate(members) if place < _LISTED or one.finders]
-        lines += [_missed(one) for one in shown]
-        if len(members) > len(shown):
-            lines.append(f"  and {len(members) - len(shown)} more: {reason}")
+        # What a peer finds has a line of its own, and is never cut.
+        alone = [one for one in members if one.finders or reason == REASONS[0]]
+        by_name: dict[str, list[Survivor]] = defaultdict(list)
+        for one in members:
+            if one not in alone:
+                by_name[one.trial.name].append(one)
+        lines += [_missed(one) for one in alone]
+        together = [_missed_together(reason, several) for several in by_name.values()]
+        lines += together[:_LISTED]
+        if len(together) > _LISTED:
+            lines.append(f"  and {len(together) - _LISTED} more: {reason}")
     return lines
 
 
 def _missed(one: Survivor) -> str:
     found = f"; found by {_several(one.finders)}" if one.finders else ""
     return f"  {_where(one.trial)}: {one.explanation}{found}"
+
+
+def _missed_together(reason: str, members: Sequence[Survivor]) -> str:
+    """One bug on several hosts, missed for one reason."""
+    if len(members) == 1:
+        return _missed(members[0])
+    hosts = ", ".join(sorted({one.trial.host for one in members}))
+    sizes = [one.trial.signal for one in members if one.trial.signal is not None]
+    said = f", S/N {min(sizes):.2g} to {max(sizes):.2g}" if sizes and max(sizes) > 0 else ""
+    if not said and len({one.explanation for one in members}) == 1:
+        return f"  {members[0].trial.name} on {hosts}: {members[0].explanation}"
+    return f"  {members[0].trial.name} on {hosts}: {reason}{said}"
 
 
 def _several(names: Sequence[str]) -> str:
@@ -242,13 +260,23 @@ def _aside(table: Table) -> list[str]:
         f"not counted, {share.total} x {reason}: {ALL.name} finds {share.found}"
         for reason, share in table.aside.items()
     ]
-    lines += [f"  {_where(trial)}: {_sizes(trial)}, {trial.status}" for trial in table.small[:_LISTED]]
-    if len(table.small) > _LISTED:
-        lines.append(f"  and {len(table.small) - _LISTED} more")
+    by_bug: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+    for trial in table.small:
+        by_bug[trial.name, trial.status].append(trial)
+    together = [_small(*key, members) for key, members in sorted(by_bug.items())]
+    lines += together[:_LISTED]
+    if len(together) > _LISTED:
+        lines.append(f"  and {len(together) - _LISTED} more")
     lines += [f"not judged, {count} x {status}" for status, count in table.unjudged.items()]
     if table.never:
         lines.append(f"never judged: {', '.join(table.never)}")
     return lines
+
+
+def _small(name: str, status: str, members: Sequence[Trial]) -> str:
+    """One bug on the hosts where it is too small to count, with the largest of its sizes."""
+    hosts = ", ".join(sorted({one.host for one in members}))
+    return f"  {name} on {hosts}: {_sizes(max(members, key=lambda one: one.error or 0.0))}, {status}"
 
 
 def _sizes(trial: Trial) -> str:

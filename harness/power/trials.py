@@ -355,7 +355,7 @@ def _of_mutation(stage: _Stage, blanks: Sequence[Trial]) -> Iterator[Trial]:
             yield _skipped(blank, error)
             continue
         trial = _judged(stage, blank, golden, seen, started)
-        if change is None:
+        if change is None or "half" in one.active:  # which is something else in 16 bits than in float32
             change = _change(stage, one, blank, golden, seen)
         yield replace(trial, signal=_signal(golden, change, blank.precision))
 
@@ -525,7 +525,7 @@ def _change(stage: _Stage, one: Mutation, trial: Trial, golden: Golden, seen: _S
     if trial.precision == "float32":
         change = _moved(golden, seen, stage.reference(trial.host, "float32", trial.group))
         size = _signal(golden, change, "float32")
-        if size is None or size > _FAR:
+        if size is None or size > _FAR or "half" in one.active:
             return change
     wrong = _with_bug(stage, one, trial, _REFERENCE)
     return _moved(golden, wrong, stage.reference(trial.host, _REFERENCE, trial.group))

@@ -10,8 +10,8 @@ from harness.power.judges import ALL, alarms, is_judged
 IN_BOTH = {
     "gpt2-tiny": (
         "wc-lora-scale", "pos-learned-offset", "pos-leftpad-shared", "pos-decode-zero", "at-scale",
-        "x-kv-head-swapped", "kv-cross-request-store", "x-residual-missing", "tp-actorder", "tp-bias-xN", "pp-batch-mix",
-        "q-zp-v1v2", "kg-noncontig-sdpa", "kg-nan-in-unused-v",
+        "x-kv-head-swapped", "kv-cross-request-store", "x-residual-missing", "tp-actorder", "tp-bias-xN",
+        "pp-batch-mix", "q-zp-v1v2", "kg-noncontig-sdpa", "kg-nan-in-unused-v",
     ),
     "bloom-tiny": ("wc-qkv-cat", "wc-embed-ln-missing", "pos-alibi-npo2", "pos-alibi-decode-dropped"),
 }  # fmt: skip

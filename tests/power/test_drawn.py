@@ -117,7 +117,7 @@ def test_where_texts_end_the_model_may_stop():
         left = min(len(text) - len(prompt.text) for text in documents if text.startswith(prompt.text))
         assert 0 < left <= 16 * drawn.CHARACTERS_A_TOKEN
     assert len(suite.prompts[-1].text) == round(480 * drawn.CHARACTERS_A_TOKEN)
-    assert [prompt.max_new_tokens for prompt in suite.prompts] == [None, 16] * 4
+    assert [prompt.max_new_tokens for prompt in suite.prompts] == [None, None, None, 16] * 2
     assert generate_suite(9).stop == "ignore-eos"
     assert {prompt.max_new_tokens for prompt in generate_suite(9).prompts} == {None}
 

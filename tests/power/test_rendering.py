@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -88,9 +89,20 @@ def test_long_lists_of_survivors_are_cut_but_for_what_peers_find(monkeypatch):
     monkeypatch.setattr(rendering, "_LISTED", 2)
     assert tables_to_text(tables(missed=6)).count("  bug-a on host-") == 6
     (table,) = tables(missed=6)
-    alone = [one for one in table.survivors if not one.finders]
-    lines = rendering._survivors([*alone, *alone, *alone])
-    assert lines[-1] == "  and 1 more: equivalent"
+    (alone,) = (one for one in table.survivors if not one.finders)
+    others = [replace(alone, trial=replace(alone.trial, name=name)) for name in "abc"]
+    assert rendering._survivors(others)[-1] == "  and 1 more: equivalent"
+
+
+def test_a_bug_that_hosts_miss_alike_has_one_line():
+    """Hosts are listed in order, with the smallest and the largest S/N; a hole is never put together."""
+    alone = tables()[0].survivors[-1]
+    small = replace(alone, reason="below the floor", explanation="below the floor: S/N 0.1")
+    several = [replace(small, trial=replace(alone.trial, name="x", host=host, signal=signal))
+               for host, signal in (("b", 0.3), ("a", 0.1))]  # fmt: skip
+    assert rendering._survivors(several)[1:] == ["  x on a, b: below the floor, S/N 0.1 to 0.3"]
+    holes = [replace(one, reason="HOLE", explanation="HOLE: S/N 9") for one in several]
+    assert rendering._survivors(holes)[1:] == ["  x on b: HOLE: S/N 9", "  x on a: HOLE: S/N 9"]
 
 
 def test_what_is_not_counted_is_said():

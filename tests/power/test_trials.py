@@ -438,8 +438,8 @@ class Tokens:
 def trial_of(stage, monkeypatch):
     """A function that puts a change of an engine into the small model: precision -> trial."""
 
-    def run(change):
-        bug = replace(mutation("made"), hosts=frozenset({HOST}), change=contextmanager(change))
+    def run(change, **more):
+        bug = replace(mutation("made"), hosts=frozenset({HOST}), change=contextmanager(change), **more)
         monkeypatch.setattr(trials, "CATALOGUE", {"made": bug})
         blanks = [trials._blank("bug", "made", HOST, precision, 1.0) for precision in PRECISIONS]
         return {one.precision: one for one in trials._of_mutation(stage, blanks)}
@@ -683,3 +683,21 @@ def test_penalties_are_skipped(stage):
     assert {(one.status, one.finding) for one in found.values()} == {
         ("skipped", "no suite asks for penalties or stop strings")
     }
+
+
+def test_what_16_bits_alone_show_is_nothing_in_float32(stage, trial_of):
+    """A bug of 16 bits has the S/N that it has in the precision of the run, not that of float64 in all of them."""
+
+    def change(engine, _strength):
+        scale = 1.0 if engine.options.dtype == "float32" else 1.5
+
+        def scaled(_module, _inputs, _options, output):
+            return output * scale
+
+        with hooked((engine.model.lm_head, scaled, False)):
+            yield
+
+    found = trial_of(change, active=frozenset({"half"}))
+    assert found["float32"].signal == 0.0
+    assert found["float32"].status == "identical"
+    assert found["bfloat16"].signal > 3
