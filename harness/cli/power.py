@@ -89,6 +89,10 @@ def power(
 
         refuse_undrawable(Path(plot_file))
     part = _part(shard)
+    if shard:
+        from harness.power.processes import end_with_parent
+
+        end_with_parent()
     again = _Again(work=work, jobs=jobs or 1, minutes=minutes)
     if listed:
         _list_all()

@@ -16,6 +16,9 @@ from harness.errors import EngineError
 #: Seconds without a single result after which the parts are taken to hang: to compile a model takes a minute.
 PATIENCE = 900.0
 _POLL = 0.5
+#: The process that started a part, by its id.
+_PARENT = "GOLDEN_HARNESS_PARENT"
+_SET_DEATH_SIGNAL = 1
 #: Waits this many times as long as a look took: thousands of results take a second to read, on cores that have work.
 _REST = 20.0
 #: Seconds that a part has to end by itself when it is told to.
@@ -63,10 +66,25 @@ def run_parts(
             time.sleep(max(poll, _REST * took))
 
 
+def end_with_parent() -> None:
+    """Let the kernel end this process, if it is a part of a run, with the one that started it, however that ends.
+
+    A parent that is killed cleans up nothing. Only Linux can do that (prctl(2), PR_SET_PDEATHSIG).
+    """
+    parent = os.environ.get(_PARENT)
+    if parent is None or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != int(parent):
+        sys.exit("what started this part of a run has ended")
+
+
 @contextmanager
 def _part(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
     """One process in a group of its own, with what it says; the group is ended with the block."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", _PARENT: str(os.getpid())}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "harness", *arguments],

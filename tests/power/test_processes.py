@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from harness.errors import EngineError
 from harness.power import processes
-from harness.power.processes import run_parts
+from harness.power.processes import end_with_parent, run_parts
 
 #: Takes the place of the interpreter: called as `python -m harness CODE PLACE ... --shard I/N`, it runs the code.
 STAND_IN = """#!{python} -IS
@@ -286,3 +287,43 @@ def test_a_part_that_cannot_be_started_ends_those_that_were(parts, monkeypatch):
     with pytest.raises(OSError, match="no more processes"):
         parts.run(SLEEP)
     assert started[0].returncode is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_part_ends_with_a_parent_that_is_killed(tmp_path):
+    """A kill -9 lets the parent clean up nothing; the part is gone all the same."""
+    part = (
+        "import time; from harness.power.processes import end_with_parent; "
+        "end_with_parent(); print('ready', flush=True); time.sleep(120)"
+    )
+    parent = (
+        "import os, subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-c', {part!r}], stdout=subprocess.PIPE, "
+        "env={**os.environ, 'GOLDEN_HARNESS_PARENT': str(os.getpid())}, start_new_session=True); "
+        "child.stdout.readline(); print(child.pid, flush=True); child.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_process_that_is_no_part_is_left_alone(monkeypatch):
+    """Without the word of a parent nothing is asked of the kernel."""
+    monkeypatch.delenv("GOLDEN_HARNESS_PARENT", raising=False)
+    end_with_parent()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_part_whose_parent_is_gone_already_ends():
+    """It ended before the kernel could be asked."""
+    part = "from harness.power.processes import end_with_parent; end_with_parent(); print('went on')"
+    done = subprocess.run(
+        [sys.executable, "-c", part], env={**os.environ, "GOLDEN_HARNESS_PARENT": "1"}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "has ended" in done.stderr
