@@ -515,6 +515,8 @@ def test_no_upcast_judges_as_shipped_alone(subtle, harness):
     """With --no-upcast one question is left, and what was not asked is said; without it the copy sees more."""
     check = ("check", GOLDEN, "-c", "hf:model=golden/subtle,dtype=bfloat16")
     text = told(harness(*check), "deviates", 1)
+    assert text.splitlines()[0].endswith(": function wrong, precision ok")
+    text = told(harness(*check, "--verbose"), "deviates", 1)
     assert "same function (float32 copy): deviates" in text
     assert "error within its precision (as shipped): identical" in text
     ended = harness(*check, "--no-upcast")
@@ -564,6 +566,8 @@ def test_all_prints_a_table_and_counts(others, harness):
     assert whole.code == 1
     assert "deviates: hf:model=golden/noisy,dtype=float32 against small/small" in whole.out
     assert [one["status"] for one in read_json(Path("verdicts.json"))][1] == "deviates"
+    assert "  deviates (function): error: " not in whole.out
+    assert "  deviates (function): error: " in harness("check", "--all", "--verbose").out
 
 
 # --- record, doctor ----------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class _Reports:
 @click.option("--no-upcast", is_flag=True, help="Judge 16-bit candidates as shipped only, without a float32 copy.")
 @click.option("--allow-code", is_flag=True, help="For --all: run ports and trust_remote_code that the data name.")
 @click.option("--blame-environment", is_flag=True, help="Run the reference again too: was it you, or the upgrade?")
+@click.option("--verbose", is_flag=True, help="Each kind of finding with its limit and derivation.")
 @click.option("--json", metavar="FILE", help="Write the verdicts as JSON (`harness schema`); '-' for standard output.")
 @click.option("--junit", metavar="FILE", help="Write them as JUnit XML.")
 @click.option("--markdown", metavar="FILE", help="Write a summary; it goes to GITHUB_STEP_SUMMARY by itself.")
@@ -82,6 +83,7 @@ def check(
     no_upcast: bool,
     allow_code: bool,
     blame_environment: bool,
+    verbose: bool,
     json: str | None,
     junit: str | None,
     markdown: str | None,
@@ -109,6 +111,7 @@ def check(
     _check_specs(candidates)
     reports = _Reports(json=json, junit=junit, markdown=markdown)
     from harness import flow
+    from harness.report.terminal import verdict_to_text
     from harness.traces import load_trace
     from harness.verdict import exit_code
 
@@ -139,9 +142,9 @@ def check(
         if table:
             _table_row(one)
         elif reports.on_terminal:
-            click.echo(str(one))
+            click.echo(verdict_to_text(one, verbose=verbose))
     if table:
-        _table_end(verdicts)
+        _table_end(verdicts, verbose=verbose)
     reports.write(verdicts)
     return exit_code(verdicts)
 
@@ -186,11 +189,13 @@ def _table_row(one: Verdict) -> None:
     click.echo(click.style(status, fg=terminal.style_of(one)) + row[len(status) :])
 
 
-def _table_end(verdicts: list[Verdict]) -> None:
+def _table_end(verdicts: list[Verdict], *, verbose: bool) -> None:
     """Details of what is not ok, then one line that counts."""
+    from harness.report.terminal import verdict_to_text
+
     for one in verdicts:
         if not one.ok:
-            click.echo("\n" + str(one))
+            click.echo("\n" + verdict_to_text(one, verbose=verbose))
     counts = Counter(one.status.value for one in verdicts)
     words = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     click.echo(f"{len(verdicts)} checks: {words}")

@@ -108,7 +108,7 @@ def finding(context: Context, effective: str, error_failed: bool) -> list[Findin
             status=Status.DEVIATES if error_failed else Status.DRIFT,
             check="effective precision",
             question=context.question,
-            message=f"declares {context.precision}, and its error is that of {effective}",
+            message=f"declares {context.precision}, and its error is of the size of {effective}'s round-off",
             why="held against the floor of that precision, nothing fails",
             fix="Declare what it computes in" if not error_failed else "Look for a cast on the way",
         )

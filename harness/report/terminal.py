@@ -1,11 +1,13 @@
-"""Verdicts as text: one line when all is well, else what, how many, worst where, allowed and why, what next."""
+"""Verdicts as text: one line when all is well, else which question failed, what, worst where, allowed, what next."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from harness.numerics.statistics import MAGNITUDES, SIGNED
 from harness.report.characters import legal, one_line
 from harness.values import (
     Answer,
@@ -15,6 +17,7 @@ from harness.values import (
     Finding,
     Kind,
     PassSummary,
+    Question,
     Status,
     Verdict,
     worst_of,
@@ -28,47 +31,215 @@ def style_of(verdict: Verdict) -> str:
     return _STYLES.get(verdict.status.value, "red")
 
 
-def verdict_to_text(verdict: Verdict) -> str:
-    """The report of one check, plain text without a final newline."""
+def verdict_to_text(verdict: Verdict, *, verbose: bool = False) -> str:
+    """The report of one check, plain text without a final newline.
+
+    Of what is not ok each question has a line for each kind of finding; with ``verbose`` there is a block for each
+    check that failed, with its limit and derivation, and what each question could have caught.
+    """
     lines = [headline(verdict)]
     if not verdict.ok:
-        lines += _findings(verdict.failures)
-        lines += _meaning(verdict)
-        lines += _which_passes(verdict)
+        lines += [*_findings(verdict.failures), *_answers(verdict)] if verbose else _questions(verdict)
+        lines += [*_tokens(verdict), *_which_passes(verdict)]
+        # What the passes say is nearer to the bug, so it stands where there is room for one meaning.
+        meanings = [f"meaning: {one}" for one in (_meaning_of_passes(verdict), _meaning_of_answers(verdict)) if one]
+        lines += meanings if verbose else meanings[:1]
     if verdict.environment:
         lines.append(f"environment: {environment_words(verdict.environment)}")
     if verdict.blame is not None:
         lines.append(f"blame: {'not known: ' if verdict.blame.who == 'unknown' else ''}{verdict.blame.message}")
     unmeasured = [reason for one in verdict.answers if one.power is not None for reason in one.power.unmeasured]
     lines += [f"not seen: {reason}" for reason in dict.fromkeys(unmeasured)]
-    command = None if verdict.ok else _next_command(verdict)
-    if command is not None:
-        lines.append(f"next: {command}")
+    if not verdict.ok:
+        lines += [] if verbose else _fixes(verdict)
+        lines += _next_command(verdict, verbose=verbose)
     # A port's exception may be of several lines: they stay inside the block of the line that they belong to.
     return "\n  ".join(legal(line).replace("\n", "\n      ") for line in lines)
 
 
-def _which_passes(verdict: Verdict) -> list[str]:
-    """Which passes are right where not all are wrong, and what that says; nothing where it says nothing."""
+def headline(verdict: Verdict) -> str:
+    """One line: of a check that is well the figures, of any other what each question was answered."""
+    line = f"{verdict.status.value}: {verdict.candidate} against {verdict.golden}: "
+    if not verdict.ok:
+        return one_line(line + (", ".join(map(_answer_words, verdict.answers)) or "not compared"))
+    seen = list(dict.fromkeys(finding.check for finding in verdict.findings))
+    told = [finding.message for finding in verdict.findings if finding.check == _EFFECTIVE]
+    line += summary(verdict) + (f", drift in {', '.join(seen)}" if seen else "")
+    return one_line("; ".join([line, *dict.fromkeys(told)]))
+
+
+_EFFECTIVE = "effective precision"
+
+_IN_WORDS = {
+    Status.IDENTICAL: "ok",
+    Status.DRIFT: "ok",
+    Status.DEVIATES: "wrong",
+    Status.STRUCTURAL: "not comparable",
+    Status.NONDETERMINISTIC: "not repeatable",
+    Status.UNMEASURED: "not measured",
+}
+
+
+def _answer_words(answer: Answer) -> str:
+    return f"{answer.question} {_IN_WORDS.get(answer.status, answer.status.value)}"
+
+
+# --- what is not ok, a line for each kind of finding -----------------------------------------------
+
+#: Findings that are all of one thing: how far the logits are off, and the tokens.
+_NUMBERS = MAGNITUDES | SIGNED
+_TOKENS = frozenset({"tokens", "flips", "depth of flips"})
+
+
+def _questions(verdict: Verdict) -> list[str]:
+    """What was found of each question; what is found of both in the same words is one line."""
+    lines: dict[str, list[Question]] = {}
+    for question in _asked(verdict):
+        for line in _question(verdict, question):
+            lines.setdefault(line, []).append(question)
+    # Where nothing was compared no question was asked.
+    return [f"{' and '.join(names)}: {line}" if verdict.answers else line for line, names in lines.items()]
+
+
+def _asked(verdict: Verdict) -> Iterable[Question]:
+    answered = [one.question for one in verdict.answers]
+    return dict.fromkeys([*answered, *(one.question for one in verdict.failures)])
+
+
+def _question(verdict: Verdict, question: Question) -> list[str]:
+    """A line for each kind of finding, or one with the figures where all is well."""
+    answer = next((one for one in verdict.answers if one.question == question), None)
+    lines = [_found(finding, others) for finding, others in _shown(verdict, question)]
+    if not lines and answer is not None and answer.status.ok and (figures := _figures(verdict, question)):
+        lines = [", ".join(["ok", *figures])]
+    if lines and answer is not None and _is_of_a_size(answer):
+        lines[0] += f"; {_size(answer)}"
+    return lines
+
+
+def _shown(verdict: Verdict, question: Question) -> list[tuple[Finding, int]]:
+    """Of a question the worst finding of each kind, the logits' first, and how many more there are of it."""
+    failures = [one for one in verdict.failures if one.question == question]
+    if any(one.question == question and _is_of_a_size(one) for one in verdict.answers):
+        # Said behind the worst of the others.
+        failures = [one for one in failures if one.check != _EFFECTIVE] or failures
+    kinds: dict[str, list[Finding]] = {}
+    for one in sorted(failures, key=lambda one: _kind(one) != "logits"):
+        kinds.setdefault(_kind(one), []).append(one)
+    return [(max(kind, key=_rank), len(kind) - 1) for kind in kinds.values()]
+
+
+def _kind(finding: Finding) -> str:
+    """Findings of one kind share a line."""
+    if finding.measured is not None and finding.check in _NUMBERS:
+        return "logits"
+    if finding.measured is not None and finding.check in _TOKENS:
+        return "tokens"
+    return f"{finding.status.value}: {finding.check}"
+
+
+def _rank(finding: Finding) -> tuple[bool, float]:
+    # A shift of 0.1 can be further beyond its limit than an error of 100, and ten flips than one token that is no
+    # tie: errors and single tokens are what people know.
+    return finding.check.startswith("error") or finding.check == "tokens", _severity(finding)
+
+
+def _found(finding: Finding, others: int) -> str:
+    line = legal(finding.message if _kind(finding) == "logits" else f"{finding.check}: {finding.message}")
+    # Behind a message of several lines what was measured would look like part of it.
+    line += "\n" if "\n" in line else ""
+    if finding.measured is not None and finding.allowed is not None:
+        measured = f"{finding.measured:.3g}"
+        said = re.search(rf"(?<![\w.]){re.escape(measured)}(?![\w.])", finding.message)
+        limit = f"{'' if said else f'measured {measured}, '}allowed {finding.allowed:.3g}"
+        line = f"{line[:-1]}, {limit})" if line.endswith(")") else f"{line} ({limit})"
+    elif finding.why:
+        line += f" ({finding.why})"
+    if finding.where:
+        line += f", {'worst ' if others else ''}{'over' if finding.where.startswith('all ') else 'at'} {finding.where}"
+    return line.rstrip("\n") + (f"; {others} more finding{'s' if others > 1 else ''}" if others else "")
+
+
+def _figures(verdict: Verdict, question: Question) -> list[str]:
+    """Error and tokens of one question, the tokens only where the report's own line has others."""
+    worst = worst_of(verdict.passes, {question})
+    figures = [] if worst is None else [f"error {worst.ratio:.2f} x round-off in {_precision(verdict, worst)}"]
+    own = [one for one in verdict.passes if one.question == question]
+    tokens = _token_counts(own)
+    return [*figures, f"{tokens[0]} of {tokens[1]} tokens differ"] if own and own != _shipped(verdict) else figures
+
+
+def _tokens(verdict: Verdict) -> list[str]:
+    """The tokens of the run as shipped, and what they can tell; nothing where none was compared."""
+    power = verdict.power
+    if power is None:
+        return []
+    flips, steps = _token_counts(_shipped(verdict))
+    parts = [f"{flips} of {steps} differ"] if steps else []
+    parts += [f"{power.coverage:.1%} of {power.steps} steps decidable"] if power.steps else []
+    parts += [f"judged by {power.level}"] if power.level != "logits" else []
+    return [f"tokens: {', '.join(parts)}"] if parts else []
+
+
+def _is_of_a_size(answer: Answer) -> bool:
+    """Whether its error is of another precision's size; of rounded weights a finding says what they are."""
+    return bool(answer.effective) and " on " not in answer.effective
+
+
+def _size(answer: Answer) -> str:
+    """An error of a size alone tells of no cast: any bug may be as large."""
+    precision, _, weights = answer.effective.partition(" on ")
+    return f"its error is of the size of {precision}'s round-off{f' on {weights}' if weights else ''}"
+
+
+# --- where to look -----------------------------------------------------------------------------------
+
+
+def _right_and_wrong(verdict: Verdict) -> tuple[list[PassSummary], list[PassSummary]]:
+    """Passes of the first question that deviates: those within their limit and those beyond."""
     question = next((one.question for one in verdict.answers if one.status is Status.DEVIATES), None)
     measured = [one for one in verdict.passes if one.question == question and one.ratio is not None and one.limit]
     wrong = [one for one in measured if not (one.ratio or 0.0) <= (one.limit or 0.0)]
-    right = [one for one in measured if one not in wrong]
+    return [one for one in measured if one not in wrong], wrong
+
+
+def _which_passes(verdict: Verdict) -> list[str]:
+    """Which passes are right where not all are wrong; nothing where it says nothing."""
+    right, wrong = _right_and_wrong(verdict)
+    return [f"passes: right {_pass_words(right)}; wrong {_pass_words(wrong)}"] if right and wrong else []
+
+
+def _meaning_of_passes(verdict: Verdict) -> str:
+    """What the wrong passes have in common and the right ones have not; empty where there is no such thing."""
+    right, wrong = _right_and_wrong(verdict)
     if not right or not wrong:
-        return []
+        return ""
     views, runs = {one.view for one in wrong}, {one.run for one in wrong}
     if views == {"replay"} and {one.view for one in right} == {"prefill"}:
-        says = "prefill is right and decode is wrong: look at the KV cache, and at positions and masks in decode"
-    elif views == {"prefill"} and {one.view for one in right} == {"replay"}:
-        says = (
+        return "prefill is right and decode is wrong: look at the KV cache, and at positions and masks in decode"
+    if views == {"prefill"} and {one.view for one in right} == {"replay"}:
+        return (
             "decode is right and prefill is wrong: look at the causal mask and at what is done for many tokens at once"
         )
-    elif not runs & {one.run for one in right}:
-        says = "some runs are right throughout: look at what these differ in, batch size, padding, order of requests"
-    else:
-        says = ""
-    lines = [f"passes: right {_pass_words(right)}; wrong {_pass_words(wrong)}"]
-    return [*lines, f"meaning: {says}"] if says else lines
+    if not runs & {one.run for one in right}:
+        return "some runs are right throughout: look at what these differ in, batch size, padding, order of requests"
+    return ""
+
+
+def _meaning_of_answers(verdict: Verdict) -> str:
+    """What it means which of the two questions failed; empty where it means nothing."""
+    by_question = {answer.question: answer.status for answer in verdict.answers}
+    function, precision = by_question.get("function"), by_question.get("precision")
+    if function is None or precision is None or Status.UNMEASURED in (function, precision):
+        return ""
+    if function.ok and not precision.ok:
+        return (
+            "the weights and the function are right, the path in the declared precision is not: "
+            "a kernel, a mask value, an overflow, an accumulation or a missing upcast"
+        )
+    if function is Status.DEVIATES and precision.ok:
+        return "the function is wrong, by less than round-off in the declared precision can show"
+    return ""
 
 
 def _pass_words(passes: Sequence[PassSummary]) -> str:
@@ -80,62 +251,48 @@ def _pass_words(passes: Sequence[PassSummary]) -> str:
     return ", ".join(f"{name} ({ratio:.3g} x)" for name, ratio in largest.items())
 
 
-def headline(verdict: Verdict) -> str:
-    """All of a check that is well in one line; of any other the status and the figures."""
-    line = f"{verdict.status.value}: {verdict.candidate} against {verdict.golden}: {summary(verdict)}"
-    seen = list(dict.fromkeys(finding.check for finding in verdict.findings)) if verdict.ok else []
-    told = [finding.message for finding in verdict.findings if verdict.ok and finding.check == "effective precision"]
-    return one_line("; ".join([line + (f", drift in {', '.join(seen)}" if seen else ""), *dict.fromkeys(told)]))
-
-
 def environment_words(differences: Iterable[Difference]) -> str:
     """What is another today than when the golden was recorded: "torch 2.12 -> 2.13, threads 1 -> 2"."""
     return ", ".join(f"{one.name} {one.golden or 'not recorded'} -> {one.today or 'none'}" for one in differences)
 
 
-def _next_command(verdict: Verdict) -> str | None:
-    """What to run next; None where nothing was compared, since the finding's own fix is then all there is to do."""
+def _fixes(verdict: Verdict) -> list[str]:
+    """What to do about the findings that are shown, each once; tokens are wrong because the logits are."""
+    fixes = []
+    for question in _asked(verdict):
+        shown = {_kind(finding): finding.fix for finding, _ in _shown(verdict, question)}
+        fixes += [fix for kind, fix in shown.items() if fix and not (kind == "tokens" and "logits" in shown)]
+    return [f"next: {fix}" for fix in dict.fromkeys(fixes)]
+
+
+def _next_command(verdict: Verdict, *, verbose: bool) -> list[str]:
+    """What to run next; none where nothing was compared, since the finding's own fix is then all there is to do."""
     if not verdict.answers and any(finding.fix for finding in verdict.failures):
-        return None
+        return []
     blame, moved = verdict.blame, verdict.status in (Status.DEVIATES, Status.NONDETERMINISTIC)
     if moved and verdict.environment and blame is None:
-        return (
+        command = (
             "the same check with --blame-environment (in Python blame_environment=True) says whether the environment "
             "did this or the change"
         )
-    if blame is not None and blame.who == "environment":
-        return (
+    elif blame is not None and blame.who == "environment":
+        command = (
             "the same check in the versions of the golden; to take today's for right, record it again "
             "(harness record ... --update --reason TEXT)"
         )
-    return "the same check with --json FILE (in Python verdict.to_dict()) gives every finding, statistic and limit"
-
-
-def _meaning(verdict: Verdict) -> list[str]:
-    """Both answers, and what it means which of the two questions failed."""
-    by_question = {answer.question: answer.status for answer in verdict.answers}
-    lines = [f"{_ASKED[answer.question]} {_said(answer)}" for answer in verdict.answers]
-    function, precision = by_question.get("function"), by_question.get("precision")
-    if function is None or precision is None or Status.UNMEASURED in (function, precision):
-        return lines
-    if function.ok and not precision.ok:
-        lines.append(
-            "meaning: the weights and the function are right, the path in the declared precision is not: "
-            "a kernel, a mask value, an overflow, an accumulation or a missing upcast"
+    elif verbose:
+        command = (
+            "the same check with --json FILE (in Python verdict.to_dict()) gives every finding, statistic and limit"
         )
-    elif function is Status.DEVIATES and precision.ok:
-        lines.append("meaning: the function is wrong, by less than round-off in the declared precision can show")
-    return lines
+    else:
+        command = (
+            "the same check with --verbose gives limits and their derivation, "
+            "with --json FILE (in Python verdict.to_dict()) every finding and statistic"
+        )
+    return [f"next: {command}"]
 
 
-_ASKED = {"function": "same function (float32 copy):", "precision": "error within its precision (as shipped):"}
-
-
-def _said(answer: Answer) -> str:
-    seen = answer.power.smallest if answer.power is not None else None
-    could = "" if seen is None else f"; an error of {seen:.2g} x round-off would have been caught"
-    looks = f"; its error looks like {answer.effective}" if answer.effective else ""
-    return f"{answer.status.value}{could}{looks}"
+# --- what is well -------------------------------------------------------------------------------------
 
 
 def summary(verdict: Verdict) -> str:
@@ -146,8 +303,7 @@ def summary(verdict: Verdict) -> str:
     parts = []
     worst = worst_of(verdict.passes)
     if worst is not None:
-        precision = _precision(verdict, worst)
-        parts.append(f"error {worst.ratio:.2f} x round-off in {precision} (fails from {worst.limit:.2f})")
+        parts.append(_error_words(verdict, worst))
     parts.append(token_words(verdict))
     if power.steps:
         parts.append(f"{power.coverage:.1%} of {power.steps} steps decidable")
@@ -158,6 +314,10 @@ def summary(verdict: Verdict) -> str:
     return ", ".join(parts)
 
 
+def _error_words(verdict: Verdict, one: PassSummary) -> str:
+    return f"error {one.ratio:.2f} x round-off in {_precision(verdict, one)} (fails from {one.limit:.2f})"
+
+
 def _precision(verdict: Verdict, one: PassSummary) -> str:
     powers = {answer.question: answer.power for answer in verdict.answers}
     power = powers.get(one.question)
@@ -165,12 +325,41 @@ def _precision(verdict: Verdict, one: PassSummary) -> str:
 
 
 def token_words(verdict: Verdict) -> str:
-    """Differing tokens of the passes that show them on the golden's prefix, else of the free runs."""
-    # The run as shipped is what users get; its float32 copy is for the other question.
-    shipped = [one for one in verdict.passes if one.question == "precision"] or list(verdict.passes)
-    forced = [one for one in shipped if one.view != "generate"] or shipped
-    flips, steps = sum(one.flips for one in forced), sum(one.steps for one in forced)
+    """Differing tokens of the run as shipped."""
+    flips, steps = _token_counts(_shipped(verdict))
     return f"{flips} of {steps} tokens differ"
+
+
+def _shipped(verdict: Verdict) -> list[PassSummary]:
+    """The passes of what users get: the float32 copy is for the other question."""
+    return [one for one in verdict.passes if one.question == "precision"] or list(verdict.passes)
+
+
+def _token_counts(passes: Sequence[PassSummary]) -> tuple[int, int]:
+    """(differing tokens, steps) of the passes that show them on the golden's prefix, else of the free runs."""
+    forced = [one for one in passes if one.view != "generate"] or passes
+    return sum(one.flips for one in forced), sum(one.steps for one in forced)
+
+
+# --- what is not ok, with limits and derivations -------------------------------------------------------
+
+
+def _answers(verdict: Verdict) -> list[str]:
+    """What each question was answered, what it could have caught, and its error."""
+    return [f"{_ASKED[answer.question]} {_said(verdict, answer)}" for answer in verdict.answers]
+
+
+_ASKED = {"function": "same function (float32 copy):", "precision": "error within its precision (as shipped):"}
+
+
+def _said(verdict: Verdict, answer: Answer) -> str:
+    parts = [answer.status.value]
+    if answer.power is not None and answer.power.smallest is not None:
+        parts.append(f"an error of {answer.power.smallest:.2g} x round-off would have been caught")
+    worst = worst_of(verdict.passes, {answer.question})
+    if worst is not None:
+        parts.append(_error_words(verdict, worst))
+    return "; ".join([*parts, *([_size(answer)] if answer.effective else [])])
 
 
 def _worst_of_each_kind(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:

@@ -162,7 +162,7 @@ def test_a_finer_precision_than_declared_is_drift(golden):
     comparison = literal.judged(golden, literal.trace(_TRUTH + literal.noise(500, _FINE)))
     (finding,) = _told(comparison)
     assert finding.status is Status.DRIFT
-    assert "declares bfloat16, and its error is that of float32" in finding.message
+    assert "declares bfloat16, and its error is of the size of float32's round-off" in finding.message
     assert comparison.answers[-1].effective == "float32"
     assert comparison.answers[-1].status is Status.DRIFT
 

@@ -38,7 +38,7 @@ def test_a_finer_precision_than_declared_is_named(goldens, dtype):
     verdict = harness.check(directory / "translate", _lying(directory, dtype), upcast=False)
     assert verdict.ok
     assert verdict.answers[-1].effective == dtype
-    assert f"its error is that of {dtype}" in str(verdict)
+    assert f"its error is of the size of {dtype}'s round-off" in str(verdict)
 
 
 def test_the_declared_precision_is_not_remarked(goldens):

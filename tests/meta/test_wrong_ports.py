@@ -684,8 +684,8 @@ def test_way_10_the_precision_in_the_name(few):
 def test_way_10_a_callable_that_shows_no_weights(few):
     """What computes in float32 inside is told from its error, or from its logits, that it is not bfloat16."""
     verdict = harness.check(few, f"{PORTS}:float32_inside?dtype=bfloat16")
-    assert "its error is that of float32" in str(verdict)
-    assert "its error is that of" not in str(harness.check(few, f"{PORTS}:right?dtype=bfloat16"))
+    assert "its error is of the size of float32's round-off" in str(verdict)
+    assert "its error is of the size of" not in str(harness.check(few, f"{PORTS}:right?dtype=bfloat16"))
 
 
 def test_way_10_a_setting_that_nothing_made_use_of_is_named(few):
