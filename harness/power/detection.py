@@ -301,7 +301,7 @@ def _comparisons(rows: Sequence[Row], counted: Sequence[Trial]) -> tuple[Compari
 
 def is_upper_bound(peer: Judge, precision: str) -> bool:
     """Whether a rule flags any token that differs: no rule on tokens finds more."""
-    return peer.criterion == "exact" and peer.thresholds.get(precision, math.inf) <= 0
+    return peer.criterion == "exact" and max(peer.within(precision).values(), default=math.inf) <= 0
 
 
 # --- survivors ---------------------------------------------------------------------------------

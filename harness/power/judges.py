@@ -1,4 +1,4 @@
-"""Who judges a trial: this project on all or less of the evidence, and the peers' rules at two thresholds each."""
+"""Who judges a trial: this project on all or less of the evidence, and the peers' rules at three thresholds each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.power.trial import Trial
 from harness.values import Status
 
 Sees = Literal["tokens", "top", "logits"]
-Threshold = Literal["own", "published", "calibrated"]
+Threshold = Literal["own", "published", "calibrated", "per host"]
 
 #: A run that fails is seen by everyone, whatever rule would have judged it.
 FAILED = Status.ERROR.value
@@ -29,12 +29,13 @@ class Judge:
     Attributes:
         name: for tables, "golden-harness: tokens", "vllm-top5 calibrated".
         sees: the least evidence that it needs.
-        threshold: "own" for this project, whose verdict is a status; "published" with the rule, or "calibrated": the
-            largest score of the correct implementations, so that it has no alarm on them.
+        threshold: "own" for this project, whose verdict is a status; "published" with the rule; "calibrated": the
+            largest score of the correct implementations, so that it has no alarm on them; "per host": the same, of
+            each host by itself, as a project would choose it that knows one model.
         criterion: key of a trial's scores; "" for this project.
         source: the project that a rule is of.
-        thresholds: precision -> the score above which it alarms; inf where a correct implementation scores inf, so
-            that no threshold separates anything.
+        thresholds: precision, or "precision/host" -> the score above which it alarms; inf where a correct
+            implementation scores inf, so that no threshold separates anything.
     """
 
     name: str
@@ -44,6 +45,13 @@ class Judge:
     source: str = ""
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
+    def within(self, precision: str) -> Mapping[str, float]:
+        """Its thresholds in one precision, by host, or by "" where it is one for all."""
+        parted = ((*place.partition("/")[::2], value) for place, value in self.thresholds.items())
+        return {host: value for name, host, value in parted if name == precision}
+
+
+_CALIBRATED: tuple[Threshold, ...] = ("calibrated", "per host")
 
 #: This project's verdict on everything, on tokens with a few log-probabilities a step, and on tokens alone.
 ALL = Judge(name="golden-harness: all", sees="logits", threshold="own")
@@ -58,8 +66,9 @@ def judges_of(trials: Collection[Trial], criteria: Mapping[str, Criterion] = CRI
     for name, criterion in criteria.items():
         if criterion.published:
             peers.append(_peer(name, criterion, "published", criterion.published))
-        if thresholds := calibrated(trials, name):
-            peers.append(_peer(name, criterion, "calibrated", thresholds))
+        for kind in _CALIBRATED:
+            if thresholds := calibrated(trials, name, kind):
+                peers.append(_peer(name, criterion, kind, thresholds))
     return (*OURS, *peers)
 
 
@@ -74,16 +83,22 @@ def _peer(name: str, criterion: Criterion, threshold: Threshold, values: Mapping
     )
 
 
-def calibrated(trials: Collection[Trial], criterion: str) -> dict[str, float]:
-    """Precision -> the largest score of any correct implementation that was judged, over all hosts and groups.
+def calibrated(trials: Collection[Trial], criterion: str, kind: Threshold = "calibrated") -> dict[str, float]:
+    """The largest score of any correct implementation that was judged, by precision, or by precision and host.
 
     With it the rule has no alarm on these, which flatters it: they are the ones that it is compared on.
     """
     largest: dict[str, float] = {}
     for trial in trials:
         if is_null(trial) and is_judged(trial) and trial.status != FAILED and criterion in trial.scores:
-            largest[trial.precision] = max(largest.get(trial.precision, -math.inf), _score(trial, criterion))
+            place = _place(trial, kind)
+            largest[place] = max(largest.get(place, -math.inf), _score(trial, criterion))
     return largest
+
+
+def _place(trial: Trial, kind: Threshold) -> str:
+    """What a threshold is of."""
+    return f"{trial.precision}/{trial.host}" if kind == "per host" else trial.precision
 
 
 def is_null(trial: Trial) -> bool:
@@ -102,7 +117,7 @@ def speaks(trial: Trial, judge: Judge) -> bool:
         return True
     if judge.threshold == "own":
         return judge.sees == "logits" or judge.sees in trial.levels
-    return judge.criterion in trial.scores and trial.precision in judge.thresholds
+    return judge.criterion in trial.scores and _place(trial, judge.threshold) in judge.thresholds
 
 
 def alarms(trial: Trial, judge: Judge) -> bool:
@@ -117,7 +132,7 @@ def alarms(trial: Trial, judge: Judge) -> bool:
     if judge.threshold == "own":
         status = trial.status if judge.sees == "logits" else trial.levels[judge.sees]
         return status in ALARMS or status == FAILED
-    return _score(trial, judge.criterion) > judge.thresholds[trial.precision]
+    return _score(trial, judge.criterion) > judge.thresholds[_place(trial, judge.threshold)]
 
 
 def _score(trial: Trial, criterion: str) -> float:

@@ -59,7 +59,7 @@ def refuse_undrawable(path: Path) -> None:
 def write_plot(table: Table, path: Path) -> None:
     """Write the figure of one precision; the same table gives the same bytes with the same matplotlib.
 
-    This project's verdict on everything and on tokens alone, and the PEERS that find most at calibrated thresholds.
+    This project's verdict on everything and on tokens alone, and the PEERS that find most at thresholds per host.
     The S/N that bugs have are those of this table.
 
     Raises:
@@ -83,7 +83,7 @@ def write_plot(table: Table, path: Path) -> None:
 
 def _lines(table: Table) -> list[_Line]:
     ours = [row for name in (ALL.name, TOKENS.name) for row in table.rows if row.judge.name == name]
-    peers = [row for row in table.rows if row.judge.threshold == "calibrated" and _separates(row, table.precision)]
+    peers = [row for row in table.rows if row.judge.threshold == "per host" and _separates(row, table.precision)]
     lines = []
     for place, row in enumerate(ours):
         if row.judge.name in table.curves:
@@ -98,7 +98,7 @@ def _lines(table: Table) -> list[_Line]:
 
 
 def _separates(row: Row, precision: str) -> bool:
-    return math.isfinite(row.judge.thresholds.get(precision, math.inf))
+    return min(row.judge.within(precision).values(), default=math.inf) < math.inf
 
 
 def _draw(figure: Any, lines: Sequence[_Line], precision: str) -> None:

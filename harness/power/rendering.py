@@ -31,7 +31,7 @@ _LISTED = 40
 NOTE = (
     "null is what is not finite: a threshold that no score passes, an S/N beyond what was tried, a share of nothing. "
     "A point of 0 lies below the smallest S/N tried. A calibrated threshold is the largest score of the same correct "
-    "implementations that false alarms are counted on."
+    "implementations that false alarms are counted on; per host, of those of each host."
 )
 
 
@@ -111,7 +111,7 @@ def _total(row: Row, precision: str) -> str:
 
 def _is_blind(row: Row, precision: str) -> bool:
     """Whether no threshold is left: a correct implementation scores inf."""
-    return math.isinf(row.judge.thresholds.get(precision, 0.0))
+    return min(row.judge.within(precision).values(), default=0.0) == math.inf
 
 
 def _counts(share: Share) -> str:
@@ -309,11 +309,12 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _row(row: Row, line: Curve | None, precision: str) -> dict[str, Any]:
+    thresholds = row.judge.within(precision)
     return {
         "judge": row.judge.name,
         "source": row.judge.source,
         "sees": row.judge.sees,
-        "threshold": row.judge.thresholds.get(precision),
+        "threshold": thresholds.get("") if "" in thresholds else thresholds or None,
         "kind": row.judge.threshold,
         "total": asdict(row.total),
         "strong": asdict(row.strong),

@@ -78,6 +78,19 @@ def test_thresholds_are_the_largest_null_by_precision():
     assert calibrated(trials, "rule") == {"bfloat16": 3.0, "float32": 0.5}
 
 
+def test_a_host_can_have_a_threshold_of_its_own():
+    """A score between those of two hosts' correct implementations alarms on the quieter host alone."""
+    trials = [null(scores={"rule": 1.0}), null(scores={"rule": 3.0}, host="loud")]
+    (judge,) = (one for one in judges_of(trials, rules(criterion())) if one.threshold == "per host")
+    assert judge.within("bfloat16") == {"host": 1.0, "loud": 3.0}
+    assert judge.within("float32") == {}
+    assert alarms(trial(scores={"rule": 2.0}), judge)
+    assert not alarms(trial(scores={"rule": 2.0}, host="loud"), judge)
+    assert not speaks(trial(scores={"rule": 2.0}, host="unknown"), judge)
+    (pooled,) = (one for one in judges_of(trials, rules(criterion())) if one.threshold == "calibrated")
+    assert pooled.within("bfloat16") == {"": 3.0}
+
+
 def test_no_threshold_is_left_where_a_null_has_the_worst_score():
     """A correct implementation that scores inf makes the rule blind."""
     thresholds = calibrated([null(scores={"rule": math.inf})], "rule")
@@ -89,15 +102,16 @@ def test_no_threshold_is_left_where_a_null_has_the_worst_score():
 def test_calibrated_rules_never_alarm_on_the_nulls(scores):
     """Whatever correct implementations score, a threshold made of them has no alarm on them."""
     trials = [null(kind=kind, host=host, scores={"rule": score}) for score, kind, host in scores]
-    (judge,) = (one for one in judges_of(trials, rules(criterion())) if one.threshold == "calibrated")
-    assert not any(alarms(one, judge) for one in trials)
+    judges = [one for one in judges_of(trials, rules(criterion())) if one.threshold in ("calibrated", "per host")]
+    assert len(judges) == 2
+    assert not any(alarms(one, judge) for one in trials for judge in judges)
 
 
 def test_each_rule_is_there_published_and_calibrated():
     """Ours come first; a rule without published thresholds, or without nulls, is there once or not at all."""
     trials = [null(scores={"one": 1.0})]
     found = judges_of(trials, rules(criterion("one", bfloat16=2.0), criterion("two", float32=1.0), criterion("none")))
-    assert [judge.name for judge in found[3:]] == ["one published", "one calibrated", "two published"]
+    assert [judge.name for judge in found[3:]] == ["one published", "one calibrated", "one per host", "two published"]
     assert found[:3] == judges.OURS
 
 
