@@ -115,6 +115,7 @@ class HFEngine(Engine):
         self._given = model
         self._model: PreTrainedModel | None = None
         self._stack = ExitStack()
+        self._entered = 0
         self._cache_class = NOT_USED
         self._chunk: int | str | None = None
         self._weights: str | None = None
@@ -123,14 +124,17 @@ class HFEngine(Engine):
         self._identity: checkpoint.Identity | None = None
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
-        self._stack.enter_context(Quiet())
-        self._stack.enter_context(thread_count(self.options.threads))
-        try:
-            self._open()
-        except BaseException:
-            self._stack.close()
-            raise
+        # An engine that is open stays as it is: loaded anew, it would lose what its user changed in the model.
+        if self._entered == 0:
+            self._stack = ExitStack()
+            self._stack.enter_context(Quiet())
+            self._stack.enter_context(thread_count(self.options.threads))
+            try:
+                self._open()
+            except BaseException:
+                self._stack.close()
+                raise
+        self._entered += 1
         return self
 
     def _open(self) -> None:
@@ -161,6 +165,9 @@ class HFEngine(Engine):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._entered = max(0, self._entered - 1)
+        if self._entered:
+            return
         self._model = None
         self._forward = _closed
         self._stack.close()

@@ -76,6 +76,7 @@ class PortEngine(Engine):
         self._built = built
         self._convention = convention_of(port)
         self._stack = ExitStack()
+        self._entered = 0
         self._open = self._caches = False
         self._columns = 0
         self._logits_dtype: torch.dtype | None = None
@@ -83,6 +84,9 @@ class PortEngine(Engine):
     def __enter__(self) -> Self:
         import torch
 
+        self._entered += 1
+        if self._entered > 1:
+            return self  # open already, and as it was
         self._stack = ExitStack()
         try:
             self._stack.enter_context(Quiet())
@@ -100,6 +104,9 @@ class PortEngine(Engine):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._entered = max(0, self._entered - 1)
+        if self._entered:
+            return
         self._open = False
         self._stack.close()
 

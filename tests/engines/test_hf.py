@@ -454,6 +454,23 @@ def test_threads_are_pinned_and_restored(model):
         assert torch.get_num_threads() == 1
 
 
+def test_an_open_engine_that_is_entered_again_stays_as_it_is(model):
+    """What was changed in its model is not lost when a function enters it again; the first block closes it."""
+    with thread_count(1):
+        with opened("hf:threads=2", model) as engine:
+            live = engine.model
+            with engine as again:
+                assert again is engine
+                assert engine.model is live
+            assert engine.model is live
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+        with pytest.raises(EngineError, match="closed"):
+            _ = engine.model
+        with engine:
+            assert engine.model is not live
+
+
 def test_batch_overrides_every_run(model):
     """`batch` replaces the size that a run asks for, and is read back."""
     sizes = []

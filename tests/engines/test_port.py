@@ -332,6 +332,19 @@ def test_a_module_is_left_as_it_was():
     assert torch.is_grad_enabled()
 
 
+def test_a_port_that_is_entered_again_stays_open():
+    """The first block closes it, and restores what it pinned."""
+    module, threads = Module(random_model("llama")).train(), torch.get_num_threads()
+    with opened(module, threads=threads + 1) as engine:
+        with engine as again:
+            assert again is engine
+        assert engine.settings["threads"] == threads + 1
+        assert not module.training
+    assert torch.get_num_threads() == threads
+    assert module.training
+    assert torch.is_grad_enabled()
+
+
 def test_a_module_is_left_as_it_was_when_it_fails():
     """The same where the very first call raises."""
     module = Bigram().train()
