@@ -25,6 +25,9 @@ Late = Callable[[], bool]
 Shard = tuple[int, int]
 WHOLE: Shard = (0, 1)
 
+#: Status of what could not be run; the record's finding says why.
+SKIPPED = "skipped"
+
 
 class Record(Protocol):
     """A frozen dataclass of plain values."""

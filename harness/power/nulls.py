@@ -25,15 +25,14 @@ from harness.numerics.constants import SPREADS
 from harness.numerics.statistics import MAGNITUDES, PROMPT, RANGE
 from harness.power import ledger
 from harness.power.drawn import MODELS, NULLS, PILOT, PRECISIONS, Bench, generate_suite, recorded
-from harness.power.ledger import WHOLE, Late, Progress, Report, Shard, of_this_rule, rule_version
-from harness.power.opening import opened
-from harness.values import Golden, Status, Verdict
+from harness.power.ledger import SKIPPED, WHOLE, Late, Progress, Report, Shard, of_this_rule, rule_version
+from harness.power.opening import opened, part_missing
+from harness.values import Finding, Golden, Status, Verdict
 
 #: Verdicts that call a correct implementation wrong. What was not judged (unmeasured, stale, error, skipped) is
 #: neither an alarm nor a success: it is counted apart.
 ALARMS = frozenset({Status.DEVIATES.value, Status.STRUCTURAL.value, Status.NONDETERMINISTIC.value})
 PASSES = frozenset({Status.IDENTICAL.value, Status.DRIFT.value})
-SKIPPED = "skipped"
 
 #: Confidence of the one-sided bounds (numerics 2.5 d).
 CONFIDENCE = 0.95
@@ -166,9 +165,8 @@ def _judged(blanks: Sequence[Result], goldens: Sequence[Golden]) -> Iterator[Res
         try:
             engine = stack.enter_context(opened(family, model, first.precision))
         except LookupError as error:
-            if type(error) is not LookupError:
-                raise  # a KeyError or IndexError is a fault of the bench, not a part that is not there
-            yield from (replace(blank, finding=str(error)) for blank in blanks)
+            reason = part_missing(error)
+            yield from (replace(blank, finding=reason) for blank in blanks)
             return
         for blank, golden in zip(blanks, goldens, strict=True):
             yield _filled(blank, flow.check(golden, engine, reference=model, spreads=allowed))
@@ -193,8 +191,11 @@ def _filled(blank: Result, verdict: Verdict) -> Result:
 def _first_failure(verdict: Verdict) -> str:
     """The first finding of the verdict's own status, in one line."""
     finding = next((one for one in verdict.failures if one.status is verdict.status), None)
-    if finding is None:
-        return "without a finding"
+    return "without a finding" if finding is None else finding_words(finding)
+
+
+def finding_words(finding: Finding) -> str:
+    """What was found, where, and what was measured, in one line."""
     text = f"{finding.check}: {finding.message}" + (f" at {finding.where}" if finding.where else "")
     if finding.measured is None or finding.allowed is None:
         return text

@@ -194,6 +194,17 @@ def opened(family: Family, model: Path, precision: str, *, wide: bool = True) ->
         yield Kept(engine, spec=f"{text} as {family.name}", wide=copied)
 
 
+def part_missing(error: LookupError) -> str:
+    """Why a family or a bug could not be put into a host.
+
+    Raises:
+        LookupError: the error itself, where it is a KeyError or IndexError: a fault of the bench, and no missing part.
+    """
+    if type(error) is not LookupError:
+        raise error
+    return str(error)
+
+
 def spec_text(options: Mapping[str, str | int | bool]) -> str:
     """The SPEC of `hf` with these options."""
     words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in options.items()}

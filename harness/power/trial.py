@@ -8,9 +8,6 @@ from typing import Any, Literal
 
 Kind = Literal["bug", "control", "benign"]
 
-#: Status of a trial that could not be run; `Trial.finding` says why.
-SKIPPED = "skipped"
-
 #: `Trial.group` of the prompts whose texts may end, and of a few short ones; the others are numbered from 0.
 ENDS, QUICK = -1, -2
 

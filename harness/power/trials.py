@@ -36,10 +36,10 @@ from harness.numerics.constants import EFFECT, SPREADS
 from harness.numerics.sketch import Sketcher
 from harness.power import ledger
 from harness.power.drawn import CHARACTERS_A_TOKEN, TRIALS, generate_suite, recorded
-from harness.power.ledger import WHOLE, Late, Progress, Report, Shard, rule_version
-from harness.power.nulls import floors
-from harness.power.opening import Call, Kept, opened, spec_text
-from harness.power.trial import ENDS, QUICK, SKIPPED, Trial, parse_trial
+from harness.power.ledger import SKIPPED, WHOLE, Late, Progress, Report, Shard, rule_version
+from harness.power.nulls import finding_words, floors
+from harness.power.opening import Call, Kept, opened, part_missing, spec_text
+from harness.power.trial import ENDS, QUICK, Trial, parse_trial
 from harness.scorer import teacher_forced
 from harness.values import Finding, Generation, Golden, Pass, Run, Scoring, Status, Suite, Trace
 
@@ -352,7 +352,7 @@ def _of_mutation(stage: _Stage, blanks: Sequence[Trial]) -> Iterator[Trial]:
         try:
             seen = _with_bug(stage, one, blank, blank.precision)
         except LookupError as error:
-            yield _skipped(blank, error)
+            yield replace(blank, finding=part_missing(error))
             continue
         trial = _judged(stage, blank, golden, seen, started)
         if change is None or "half" in one.active:  # which is something else in 16 bits than in float32
@@ -382,15 +382,9 @@ def _of_family(stage: _Stage, blanks: Sequence[Trial]) -> Iterator[Trial]:
             with opened(family, stage.enter(first.host), blank.precision, wide=False) as kept:
                 seen = _tried(kept, golden)
         except LookupError as error:
-            yield _skipped(blank, error)
+            yield replace(blank, finding=part_missing(error))
             continue
         yield replace(_judged(stage, blank, golden, seen, started, allowed), signal=0.0)
-
-
-def _skipped(blank: Trial, error: LookupError) -> Trial:
-    if type(error) is not LookupError:
-        raise error  # a KeyError or IndexError is a fault of the bench, not a part that is not there
-    return replace(blank, finding=str(error))
 
 
 def _tried(kept: Kept, golden: Golden) -> _Seen | Exception:
@@ -417,12 +411,11 @@ def _judged(
 
     def findings(trace: Trace, runs: Sequence[Run]) -> tuple[str, tuple[Finding, ...], float | None]:
         found = compare(golden, trace, runs, scoring=asked, spreads=spreads)
-        shipped = [one for one in found.answers if one.question == _question(blank.precision)]
         error = next(
             (one.value for one in found.statistics if one.unit == "all" and one.name == statistics.ERROR), None
         )
-        status = shipped[0].status.value if shipped else Status.UNMEASURED.value
-        return status, found.findings, None if error is None else exponential(error)
+        # The last answer is that of the run itself; before it may stand that no float32 copy was asked.
+        return found.answers[-1].status.value, found.findings, None if error is None else exponential(error)
 
     status, found, error = findings(seen.trace, golden.suite.runs)
     seconds = time.perf_counter() - started
@@ -441,7 +434,7 @@ def _judged(
     return replace(
         blank,
         status=status,
-        finding=next((_in_words(one) for one in found if one.status.value == status and not one.status.ok), ""),
+        finding=next((finding_words(one) for one in found if one.status.value == status and not one.status.ok), ""),
         levels=levels,
         error=error,
         tokens=_differing(seen.sides, reference.sides),
@@ -455,17 +448,6 @@ def _same_shape(case: Case) -> bool:
     """Whether the candidate shows all that was asked: whatever rule is applied, what is missing is seen."""
     shapes = [[(one.decode.shape, one.prefill.shape) for one in side] for side in (case.candidate, case.same)]
     return shapes[0] == shapes[1]
-
-
-def _question(precision: str) -> str:
-    return "function" if precision == "float32" else "precision"
-
-
-def _in_words(one: Finding) -> str:
-    text = f"{one.check}: {one.message}" + (f" at {one.where}" if one.where else "")
-    if one.measured is None or one.allowed is None:
-        return text
-    return f"{text} (measured {one.measured:.4g}, allowed {one.allowed:.4g})"
 
 
 def _less(trace: Trace, level: str) -> Trace:
@@ -534,8 +516,7 @@ def _change(stage: _Stage, one: Mutation, trial: Trial, golden: Golden, seen: _S
 def _moved(golden: Golden, wrong: _Seen | Exception, right: _Seen) -> _Change | None:
     if isinstance(wrong, Exception) or [one.requests for one in wrong.calls] != [one.requests for one in right.calls]:
         return None
-    keys = zip(golden.rows.request.tolist(), golden.rows.position.tolist(), strict=True)
-    place = {key: row for row, key in enumerate(keys)}
+    starts = np.searchsorted(golden.rows.request, np.arange(len(golden.requests)))
     index = {request.id: number for number, request in enumerate(golden.requests)}
     squares, places = [], []
     for call, other in zip(wrong.calls, right.calls, strict=True):
@@ -547,7 +528,7 @@ def _moved(golden: Golden, wrong: _Seen | Exception, right: _Seen) -> _Change | 
             difference = found.astype(np.float64) - expected
             difference -= difference.mean(axis=-1, keepdims=True)
             squares.append((difference**2).sum(axis=-1))
-            places.append(np.array([place[index[request], int(at)] for at in positions], dtype=np.int64))
+            places.append(starts[index[request]] + positions.astype(np.int64) - 1)
     return (np.concatenate(squares), np.concatenate(places)) if squares else None
 
 
