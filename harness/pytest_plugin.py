@@ -78,6 +78,7 @@ class GoldenFixture:
         quick: bool = False,
         reference: str | Path | None = None,
         upcast: bool = True,
+        diagnose: bool = False,
         model: str | Path | None = None,
         suite: Suite | str | Path | None = None,
     ) -> Verdict:
@@ -92,6 +93,7 @@ class GoldenFixture:
             quick: only the suite's quick runs.
             reference: directory of the golden's model, where it does not lie beside the golden.
             upcast: also judge a copy of a 16-bit candidate, widened to float32.
+            diagnose: also look for the bugs of the catalogue, as `harness check --diagnose` does.
             model: directory of a model, to record the golden from with `--golden-update-new-only`.
             suite: a suite or its file, for the same. Paths are relative to the rootdir.
 
@@ -102,7 +104,12 @@ class GoldenFixture:
         try:
             stored = self._stored(name, reference=reference, model=model, suite=suite)
             verdict = _check(
-                stored, candidate, reference=self._goldens.under_root(reference), quick=quick, upcast=upcast
+                stored,
+                candidate,
+                reference=self._goldens.under_root(reference),
+                quick=quick,
+                upcast=upcast,
+                diagnose=diagnose,
             )
         except HarnessError as error:
             # What could not be checked stands in the reports: a list without it would read as if all was well.

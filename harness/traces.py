@@ -62,7 +62,7 @@ def _words(trace: Trace, prefix: str, arrays: Arrays) -> dict[str, Any]:
         name: getattr(trace, name)
         for name in (
             "engine", "declared", "settings", "vocabulary", "suite_digest", "prompt_ids", "upcast_reason", "forced",
-            "quick", "limits",
+            "quick", "limits", "basis",
         )
     }  # fmt: skip
     words["capabilities"] = sorted(trace.capabilities)
@@ -74,6 +74,8 @@ def _words(trace: Trace, prefix: str, arrays: Arrays) -> dict[str, Any]:
 def _pass_words(one: Pass, prefix: str, arrays: Arrays) -> dict[str, Any]:
     if one.rows is not None:
         arrays |= {f"{prefix}{name}": np.ascontiguousarray(getattr(one.rows, name)) for name in _ARRAYS}
+        if one.rows.fine is not None:
+            arrays[f"{prefix}fine"] = np.ascontiguousarray(one.rows.fine)
     return {
         **{name: getattr(one, name) for name in ("run", "view", "repeat", "requests", "seconds")},
         "rows": one.rows is not None,
@@ -145,6 +147,7 @@ def _trace(words: Mapping[str, Any], prefix: str, arrays: Arrays) -> Trace:
         forced=_typed(words, "forced", str),
         quick=_typed(words, "quick", bool),
         limits=tuple(map(str, words["limits"])),
+        basis=_typed({"basis": "", **words}, "basis", str),
     )
 
 
@@ -187,7 +190,10 @@ def _rows(prefix: str, arrays: Arrays) -> Rows:
         taken[name] = array
     if int(taken["generated"].sum()) != sizes["G"]:
         raise ValueError(f"{prefix}generated marks {int(taken['generated'].sum())} rows, and {sizes['G']} are there")
-    return Rows(**taken)
+    fine = arrays.get(f"{prefix}fine")
+    if fine is not None and (fine.dtype != np.float64 or fine.ndim != 2 or len(fine) != sizes["N"]):
+        raise ValueError(f"{prefix}fine is {fine.dtype}{list(fine.shape)}, not float64[{sizes['N']}, R]")
+    return Rows(**taken, fine=fine)
 
 
 def _whole(values: Any) -> tuple[int, ...]:

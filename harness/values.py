@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
 Stop = Literal["ignore-eos", "eos"]
@@ -181,6 +182,7 @@ class Rows:
         projections: random projections of the centred logits, [N, J] (numerics/sketch.py).
         top_ids, top_logits: the highest logits of the generated rows, [G, T].
         fingerprint: 64-bit checksum of the raw logit bits of the generated rows, [G]; zeros where not asked.
+        fine: products of the logits with each column of the templates' basis, [N, B]; None where not asked.
     """
 
     request: Int32
@@ -195,6 +197,7 @@ class Rows:
     top_ids: Int32
     top_logits: Float32
     fingerprint: Int64
+    fine: Float64 | None = None
 
     def __len__(self) -> int:
         return len(self.request)
@@ -227,6 +230,7 @@ class Trace:
     ``forced`` is the digest of the golden's prompts and tokens that were forced (`work_digest`); empty where the
     candidate continued the suite's prompts on its own alone. ``quick`` says that only the quick runs were asked for.
     ``limits`` says in words what the engine cannot show of itself, for the verdict to repeat.
+    ``basis`` is the digest of the model whose head made the basis of the rows' ``fine``; empty where there are none.
     """
 
     engine: str
@@ -242,6 +246,7 @@ class Trace:
     forced: str = ""
     quick: bool = False
     limits: tuple[str, ...] = ()
+    basis: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write it to a file, to be judged elsewhere."""
@@ -328,6 +333,74 @@ class Floor:
     @property
     def replicas(self) -> int:
         return len(self.families)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateNoise:
+    """Round-off of the reference in one precision, as templates are held against it. M rows as in Templates.
+
+    Attributes:
+        mean: what the replicas' errors have in common, in units of their rows' round-off, [M, R].
+        whiten: the symmetric matrix that evens out their covariance over coordinates, [R, R].
+        row: mean over replicas of a row's squared whitened error, the mean taken off, [M].
+        along: of each replica the sums of <whitened error less the mean, whitened template>, [K, V, P, T].
+        square: of each replica the sums of |whitened error less the mean|^2, [K, V, P].
+        gram: sums of <whitened template, whitened template>, [V, P, T, T].
+    """
+
+    mean: Float32
+    whiten: Float64
+    row: Float32
+    along: Float64
+    square: Float64
+    gram: Float64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Templates:
+    """What the bugs of the catalogue do to the logits of one golden's work (numerics.md 2.9).
+
+    V views, M rows of all of them one after another, P prompts, R coordinates, T templates.
+
+    Attributes:
+        run: the run of the suite whose passes they are of.
+        views: its views that show logits, [V].
+        view: index of each row's view, [M].
+        place: index in the golden of each row, [M].
+        basis: columns that logits are multiplied with, a function of the head alone, [vocabulary, B].
+        turn: turns those products into orthonormal coordinates, [B, R].
+        names: of each bug's template, its id and its strength.
+        wrong: of each of them, the bug in one line.
+        places: of each further template, the part of the model that it changes at random: these name no bug, and tell
+            where one lies that has no template.
+        frame: symmetric matrix that the templates were multiplied with before they were rounded, [R, R].
+        codes: the templates in that frame, rounded, [T, M, R].
+        scales: what each row of them is multiplied with, [T, M].
+        centres: coordinates of what a correct implementation computes but for round-off, by precision, [M, R].
+        noises: by precision.
+        left_out: bugs without a template, each with the reason.
+        seconds: that making them took.
+    """
+
+    run: str
+    views: tuple[View, ...]
+    view: Int64
+    place: Int64
+    basis: Float64
+    turn: Float64
+    names: tuple[tuple[str, float], ...]
+    wrong: tuple[str, ...]
+    places: tuple[str, ...]
+    frame: Float64
+    codes: NDArray[np.int8]
+    scales: Float32
+    centres: Mapping[str, Float64]
+    noises: Mapping[str, TemplateNoise]
+    left_out: Mapping[str, str]
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.places)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -518,13 +591,61 @@ class Power:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Likeness:
+    """What an error has in common with what one bug of the catalogue does.
+
+    Attributes:
+        name: the bug's id, behind a strength below 1 with that: "x-row-scaled at 0.1".
+        wrong: what the bug is, in one line.
+        coefficient: its share of the error, 1 for a bug that is there as the catalogue has it.
+        raw: the same where what replicas have in common is left in the error.
+        z: the coefficient over its standard error.
+        aliases: other bugs that this suite cannot tell from it.
+    """
+
+    name: str
+    wrong: str
+    coefficient: float
+    raw: float
+    z: float
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """What the templates of the bug catalogue say of an error.
+
+    Attributes:
+        limit: |z| that the largest of all templates stays below by chance.
+        named: the bugs that the error is made of, fitted together; empty where none is beyond the limit.
+        nearest: the best two whether beyond the limit or not, each by itself.
+        templates: how many were fitted.
+        untestable: those that this suite is too small to see in this precision, with the multiple of its rows needed.
+        residual: where what the named ones leave is larger than round-off, in words; empty where it is not.
+        reason: why nothing was fitted, in words; empty where something was.
+    """
+
+    limit: float | None = None
+    named: tuple[Likeness, ...] = ()
+    nearest: tuple[Likeness, ...] = ()
+    templates: int = 0
+    untestable: Mapping[str, float] = field(default_factory=dict)
+    residual: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """The answer to one question: its status, its power, and the precision that the candidate really shows."""
+    """The answer to one question: its status, its power, and the precision that the candidate really shows.
+
+    ``diagnosis`` is there where the catalogue's templates were asked for.
+    """
 
     question: Question
     status: Status
     power: Power | None
     effective: str = ""
+    diagnosis: Diagnosis | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -256,7 +256,7 @@ def test_the_environment_is_named_once(project, pretended):
 
 
 def test_what_the_call_says_arrives(project, monkeypatch):
-    """quick, reference and upcast are those of harness.check, with the reference as the rootdir sees it."""
+    """quick, reference, upcast and diagnose are those of harness.check, with the reference as the rootdir sees it."""
     seen = []
 
     def check(golden, candidate, **how):
@@ -268,13 +268,13 @@ def test_what_the_call_says_arrives(project, monkeypatch):
 def test_it(golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     golden.check("small/small", "hf")
-    golden.check("small/small", "hf", quick=True, reference="golden/small/model", upcast=False)
+    golden.check("small/small", "hf", quick=True, reference="golden/small/model", upcast=False, diagnose=True)
 """
     run(written(project, test_it=text)).assert_outcomes(passed=1)
     where = project.path / "golden/small/model"
     assert seen == [
-        ("small/small", "hf", {"quick": False, "reference": None, "upcast": True}),
-        ("small/small", "hf", {"quick": True, "reference": where, "upcast": False}),
+        ("small/small", "hf", {"quick": False, "reference": None, "upcast": True, "diagnose": False}),
+        ("small/small", "hf", {"quick": True, "reference": where, "upcast": False, "diagnose": True}),
     ]
 
 

@@ -19,6 +19,7 @@ from harness import traces
 from harness.errors import TraceError
 from harness.values import Generation, Pass, Rows, Trace
 from tests.comparison import literal
+from tests.templates import tiny
 
 SMALL = "golden/small/small"
 
@@ -92,6 +93,52 @@ def test_nan_and_infinities_come_back(tmp_path):
     assert not harness.check(golden, written_and_read(odd, tmp_path)).ok
 
 
+# --- what templates are fitted to --------------------------------------------------------------
+
+
+def _fine(trace, fine, basis):
+    """The trace with products of its first pass, and the basis that they are of."""
+    first, *others = trace.passes
+    return replace(trace, passes=(replace(first, rows=replace(first.rows, fine=fine)), *others), basis=basis)
+
+
+def test_products_with_the_basis_come_back(tmp_path):
+    """They and the digest of their basis are read as they were written, NaN and denormals included."""
+    trace = literal.trace(literal.reference_logits(0))
+    fine = np.random.default_rng(0).normal(size=(len(trace.passes[0].rows), 5))
+    fine[0] = [np.nan, np.inf, -0.0, 5e-324, 1e300]
+    shown = _fine(trace, fine, "a digest")
+    again = written_and_read(shown, tmp_path)
+    assert same(again, shown)
+    assert again.basis == "a digest"
+    assert again.passes[0].rows.fine.tobytes() == fine.tobytes()
+    assert again.passes[1].rows.fine is None
+
+
+def test_an_older_trace_has_no_basis(tmp_path, ran):
+    """A trace that was written before there were any is read, and has none."""
+    ran.save(tmp_path / "one.trace")
+    rewritten(tmp_path / "one.trace", lambda words, _: words.pop("basis"))
+    again = harness.load_trace(tmp_path / "one.trace")
+    assert again.basis == ""
+    assert all(one.rows is None or one.rows.fine is None for one in again.passes)
+
+
+def test_a_trace_that_was_made_without_diagnose_says_so(monkeypatch, tmp_path):
+    """A check that asks for the bug's name judges such a trace as ever, and says what it lacks."""
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    tiny.keep(tmp_path)
+    with tiny.broken("float32") as engine:
+        trace = harness.run(engine, tiny.golden(), model=tiny.MODEL)
+    assert trace.basis == ""
+    verdict = harness.check(tiny.golden(), written_and_read(trace, tmp_path), reference=tiny.MODEL, diagnose=True)
+    assert verdict.ok
+    diagnosis = verdict.answers[-1].diagnosis
+    assert "made with --diagnose" in diagnosis.reason
+    assert (diagnosis.named, diagnosis.limit) == ((), None)
+    assert f"no bug can be named: {diagnosis.reason}" in str(verdict)
+
+
 words = st.text(max_size=8)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | words,
@@ -119,7 +166,9 @@ def rows_of(draw):
         name: rng.integers(0, 2**31 - 1, [sizes[axis] for axis in axes]).astype(dtype)
         for name, (dtype, axes) in traces._ARRAYS.items()
     }
-    return Rows(**{**arrays, "generated": generated})
+    columns = draw(st.none() | st.integers(0, 3))
+    fine = None if columns is None else rng.normal(size=(count, columns)) * 10.0 ** rng.integers(-300, 300)
+    return Rows(**{**arrays, "generated": generated}, fine=fine)
 
 
 passes = st.builds(
@@ -151,6 +200,7 @@ def any_trace(draw, depth=1):
         forced=draw(words),
         quick=draw(st.booleans()),
         limits=tuple(draw(st.lists(words, max_size=2))),
+        basis=draw(words),
     )
 
 
@@ -244,6 +294,11 @@ def test_a_truncated_file_is_refused(file, share):
         (lambda _, arrays: arrays.update({"0.logp": arrays["0.logp"][:-1]}), "0.logp"),
         (lambda _, arrays: arrays.update({"0.top_ids": arrays["0.top_ids"].reshape(-1)}), "0.top_ids"),
         (lambda _, arrays: arrays.update({"0.generated": ~arrays["0.generated"]}), "generated"),
+        (lambda _, arrays: arrays.update({"0.fine": np.zeros((len(arrays["0.logp"]), 3), dtype=np.float32)}), "0.fine"),
+        (lambda _, arrays: arrays.update({"0.fine": np.zeros((len(arrays["0.logp"]) - 1, 3))}), "0.fine"),
+        (lambda _, arrays: arrays.update({"0.fine": np.zeros(len(arrays["0.logp"]))}), "0.fine"),
+        (lambda _, arrays: arrays.update({"0.fine": np.zeros((len(arrays["0.logp"]), 3, 1))}), "0.fine"),
+        (lambda words, _: words.update(basis=["d"]), "basis"),
     ],
 )
 def test_content_of_the_wrong_kind_is_refused(file, change, words):

@@ -68,6 +68,7 @@ class _Reports:
 @click.option("--no-upcast", is_flag=True, help="Judge 16-bit candidates as shipped only, without a float32 copy.")
 @click.option("--allow-code", is_flag=True, help="For --all: run ports and trust_remote_code that the data name.")
 @click.option("--blame-environment", is_flag=True, help="Run the reference again too: was it you, or the upgrade?")
+@click.option("--diagnose", is_flag=True, help="Name the bug: fit the catalogue's templates, made once a golden.")
 @click.option("--verbose", is_flag=True, help="Each kind of finding with its limit and derivation.")
 @click.option("--json", metavar="FILE", help="Write the verdicts as JSON (`harness schema`); '-' for standard output.")
 @click.option("--junit", metavar="FILE", help="Write them as JUnit XML.")
@@ -83,6 +84,7 @@ def check(
     no_upcast: bool,
     allow_code: bool,
     blame_environment: bool,
+    diagnose: bool,
     verbose: bool,
     json: str | None,
     junit: str | None,
@@ -95,6 +97,7 @@ def check(
     harness check golden/bloom-tiny/core -c hf:model=path/to/my/weights,dtype=float32
     harness check golden/bloom-tiny/core -c 'py:my_package.port:build?dtype=bfloat16'
     harness check golden/bloom-tiny/core --trace from-the-device.trace
+    harness check golden/bloom-tiny/core -c hf:model=DIR --diagnose
     harness check --all --quick
 
     A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
@@ -111,6 +114,7 @@ def check(
     _check_specs(candidates)
     reports = _Reports(json=json, junit=junit, markdown=markdown)
     from harness import flow
+    from harness.report.certificate import unseen_lines
     from harness.report.terminal import verdict_to_text
     from harness.traces import load_trace
     from harness.verdict import exit_code
@@ -136,13 +140,14 @@ def check(
                 quick=quick,
                 upcast=not no_upcast,
                 blame_environment=blame_environment,
+                diagnose=diagnose,
                 progress=_prefixed(progress, f"{number}/{len(work)} {directory} {name}: "),
             )
         verdicts.append(one)
         if table:
             _table_row(one)
         elif reports.on_terminal:
-            click.echo(verdict_to_text(one, verbose=verbose))
+            click.echo("\n  ".join([verdict_to_text(one, verbose=verbose), *unseen_lines(directory, one)]))
     if table:
         _table_end(verdicts, verbose=verbose)
     reports.write(verdicts)

@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from harness.cli.output import must_be_writable, progress_bar, write_json
+from harness.cli.output import must_be_writable, progress_bar, progress_line, write_json
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
     from harness.power.trial import Trial
 
-_MODES = "--nulls, --spreads, --summary and --list"
+_MODES = "--nulls, --names, --spreads, --summary, --list and --model"
 
 
 @click.command()
 @click.option("--nulls", type=click.IntRange(min=1), metavar="N", help="At least N verdicts, then the table.")
 @click.option("--spreads", is_flag=True, help="Measure how far correct implementations scatter, for constants.py.")
 @click.option("--summary", is_flag=True, help="The table of the nulls that are there.")
+@click.option("--names", is_flag=True, help="Which bugs the templates name; with --nulls, on correct implementations.")
 @click.option("--list", "listed", is_flag=True, help="The held-out implementations, and the bug catalogue.")
+@click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Your model: what a check of it sees.")
+@click.option("--suite", type=click.Path(path_type=Path), metavar="FILE", help="Your suite, with --model.")
 @click.option("--groups", type=click.IntRange(min=1), metavar="G", help="Groups of prompts a model.")
 @click.option("--only", metavar="ID,...", help="These bugs, controls and correct implementations alone.")
 @click.option("--host", "hosts", metavar="NAME,...", help="These models alone.")
@@ -38,7 +41,10 @@ def power(
     nulls: int | None,
     spreads: bool,
     summary: bool,
+    names: bool,
     listed: bool,
+    model: Path | None,
+    suite: Path | None,
     groups: int | None,
     only: str | None,
     hosts: str | None,
@@ -57,11 +63,14 @@ def power(
     harness power --jobs 2                         every bug on every host, our rules beside the peers'
     harness power --only wc-eps,at-scale --host llama-tiny
     harness power --nulls 3000 --jobs 2            false alarms on correct implementations
+    harness power --names --nulls 3000 --jobs 2    which bugs --diagnose names, and names where there is none
     harness power --spreads --groups 2             how far these scatter
+    harness power --model DIR --suite FILE         which bugs a check of your model on your suite sees
 
     What is done stays in the directory --work, and a run goes on where the last one ended.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
-    modes = [nulls is not None, spreads, summary, listed].count(True)
+    certified = model is not None or suite is not None
+    modes = [nulls is not None or names, spreads, summary, listed, certified].count(True)
     table = not modes
     if modes > 1:
         raise UsageError(f"give one of {_MODES}, or none of them", fix="E.g. harness power --nulls 3000")
@@ -69,17 +78,21 @@ def power(
         raise UsageError("--spreads needs a number of --groups", fix="E.g. harness power --spreads --groups 2")
     if groups is not None and not (spreads or table):
         raise UsageError("--groups is of --spreads and of the bugs", fix="--nulls makes as many as it needs")
-    if not table and (only or hosts or quick or as_reported or plot_file):
+    if not table and (as_reported or plot_file or ((only or hosts or quick) and not names)):
         raise UsageError("--only, --host, --quick, --as-reported and --plot are of the bugs", fix=f"Leave out {_MODES}")
     if (summary or listed) and (shard or minutes or jobs):
         raise UsageError("--shard, --jobs and --minutes are of a run", fix="Give them with --nulls or --spreads")
     if shard and jobs:
         raise UsageError("--shard is one process, --jobs are several", fix="Give one of them")
-    if shard and table and (json_file or plot_file):
+    if shard and (table or names) and (json_file or plot_file):
         raise UsageError(
             "--shard is a part of a run, which writes no table",
             fix="Give --json and --plot without --shard, afterwards",
         )
+    if certified and (model is None or suite is None):
+        raise UsageError("--model and --suite go together", fix="Give both, or none of them")
+    if certified and (shard or minutes or jobs):
+        raise UsageError("--shard, --jobs and --minutes are of other runs", fix="Leave them out with --model")
     if (spreads or listed) and json_file:
         raise UsageError("--json is of the nulls and of the bugs", fix="Give it without --spreads and --list")
     must_be_writable("--json", json_file)
@@ -94,12 +107,18 @@ def power(
 
         end_with_parent()
     again = _Again(work=work, jobs=jobs or 1, minutes=minutes)
-    if listed:
+    if model is not None and suite is not None:
+        _certify(model, suite, work, json_file)
+    elif listed:
         _list_all()
     elif groups is not None and spreads:
         _measure_spreads(groups, part, again)
+    elif names:
+        from harness.cli.power_names import name_bugs
+
+        name_bugs(nulls, _split(only), _split(hosts), part, again, json_file, quick=quick, alone=shard is not None)
     elif table:
-        asked = _Asked(groups or 1, _names(only), _names(hosts), quick, as_reported)
+        asked = _Asked(groups or 1, _split(only), _split(hosts), quick, as_reported)
         _find_bugs(asked, plot_file, part, again, json_file, shard)
     else:
         _count_alarms(nulls, part, again, json_file)
@@ -127,7 +146,7 @@ class _Again:
             run_parts(["power", *arguments, "--work", str(self.work), *limit], self.jobs, seen)
 
 
-def _names(text: str | None) -> list[str] | None:
+def _split(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -230,6 +249,26 @@ def _measure_spreads(groups: int, part: tuple[int, int], again: _Again) -> None:
             bench.run_pilot(groups, again.work, progress, part, minutes=again.minutes)
     results = ledger.of_this_rule(bench.read_results(again.work, PILOT))
     click.echo(bench.table_to_literal(bench.spreads(results)))
+
+
+def _certify(model: Path, suite_file: Path, work: Path, json_file: str | None) -> None:
+    """The sensitivity certificate of a model and a suite, whose golden is kept in ``work``."""
+    from harness import checkpoint, suites
+    from harness.power import certificate
+    from harness.power.drawn import recorded
+    from harness.report.certificate import certificate_to_dict, certificate_to_text
+
+    certificate.refuse_unknown(model)
+    suite = suites.load_suite(suite_file)
+    # Models of one name have a golden each.
+    name = f"{model.resolve().name}-{checkpoint.identify(model).digest[:12]}"
+    with progress_line() as progress:
+        golden = recorded(model, suite, work / "certified" / name / suite.name, progress)
+        found = certificate.make(golden, model, progress)
+    if json_file != "-":
+        click.echo(certificate_to_text(found))
+    if json_file:
+        write_json(certificate_to_dict(found), json_file)
 
 
 def _count_alarms(count: int | None, part: tuple[int, int], again: _Again, json_file: str | None) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--update", is_flag=True, help="Replace the golden that is there; alone, from its own model and suite.")
 @click.option("--reason", metavar="TEXT", help="Why, kept in the golden's history; needed beyond round-off.")
+@click.option("--certificate", is_flag=True, help="Also say which bugs a check of it sees: certificate.json beside it.")
 def record(
     model: str | None,
     suite: Path | None,
@@ -34,6 +35,7 @@ def record(
     tensor_parallel: tuple[int, ...],
     update: bool,
     reason: str | None,
+    certificate: bool,
 ) -> int:
     """Record a golden: the reference's tokens and logits, and its own round-off in fp32, bf16 and fp16.
 
@@ -53,6 +55,7 @@ def record(
         raise UsageError("an update alone keeps the floors that are there", fix="Give --model and --suite as well")
     from harness import flow
 
+    directory = _certified(out, model) if certificate else None
     changes: list[Changes] = []
     try:
         with progress_line() as progress:
@@ -74,7 +77,39 @@ def record(
         for one in changes:
             click.echo(str(one))
     _report(golden, out)
+    if directory is not None:
+        _certify(golden, directory, out)
     return 0
+
+
+def _certified(out: Path, model: str | None) -> Path:
+    """The model of which a certificate is asked, before anything is recorded.
+
+    Raises:
+        HarnessError: for a port, a model that is not at hand, or one of which the bug catalogue has nothing.
+    """
+    from harness.engines.spec import is_port
+    from harness.flow.references import read, reference_directory
+    from harness.power.certificate import refuse_unknown
+
+    if model is not None and is_port(model):
+        raise UsageError("a port has no floors, so nothing can be certified", fix="Leave out --certificate")
+    directory = reference_directory(read(out)) if model is None else Path(model)
+    if directory is None:
+        raise UsageError(f"the model of {out} is not beside it", fix="Name it with --model and --suite")
+    refuse_unknown(directory)
+    return directory
+
+
+def _certify(golden: Golden, model: Path, out: Path) -> None:
+    """Write the certificate beside the golden, and say in short what it says."""
+    from harness.power import certificate
+    from harness.report.certificate import certificate_summary
+
+    with progress_line() as progress:
+        found = certificate.make(golden, model, progress)
+    click.echo(f"certified {certificate.write(found, out)}")
+    click.echo(certificate_summary(found))
 
 
 def _report(golden: Golden, out: Path) -> None:

@@ -18,8 +18,16 @@ from harness.errors import EngineError, HarnessError, UsageError, first_line
 @click.option("--trace", "file", required=True, metavar="FILE", help="File to write.")
 @click.option("--quick", is_flag=True, help="Only the quick runs.")
 @click.option("--no-upcast", is_flag=True, help="Without the float32 copy of a 16-bit candidate.")
+@click.option("--diagnose", is_flag=True, help="Also show what `check --diagnose` fits; needs the golden's model.")
 def run(
-    spec: str, golden: Path | None, suite: Path | None, model: Path | None, file: str, quick: bool, no_upcast: bool
+    spec: str,
+    golden: Path | None,
+    suite: Path | None,
+    model: Path | None,
+    file: str,
+    quick: bool,
+    no_upcast: bool,
+    diagnose: bool,
 ) -> int:
     """Run SPEC on the machine that has the device; `harness check GOLDEN --trace FILE` judges it anywhere.
 
@@ -36,6 +44,8 @@ def run(
 
     build_engine(spec)
     must_be_writable("--trace", file)
+    if diagnose and golden is None:
+        raise UsageError("--diagnose needs the tokens of a golden", fix="Give --golden instead of --suite")
     if file == "-":
         raise UsageError("a trace is no text", fix="Name a file with --trace")
     from harness import flow
@@ -44,7 +54,9 @@ def run(
     assert work is not None
     with progress_line() as progress:
         try:
-            trace = flow.run(spec, work, model=model, quick=quick, upcast=not no_upcast, progress=progress)
+            trace = flow.run(
+                spec, work, model=model, quick=quick, upcast=not no_upcast, diagnose=diagnose, progress=progress
+            )
         except HarnessError:
             raise
         except (Exception, SystemExit) as error:  # whatever a candidate does: one line, and the exit code of an engine

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from harness.comparison import effective, entries, exact, logits, quantiser, structure, tokens
+from harness.comparison import effective, entries, exact, likeness, logits, quantiser, structure, tokens
 from harness.comparison.context import Comparison, Context, Spreads, compare_context, declared_precision
 from harness.comparison.tokens import diverged
 from harness.engines.runner import views_of
@@ -27,6 +27,7 @@ from harness.values import (
     Scoring,
     Statistic,
     Status,
+    Templates,
     Trace,
     View,
     overall,
@@ -48,6 +49,7 @@ def compare(
     *,
     scoring: Scoring | None = None,
     spreads: Spreads | None = None,
+    templates: Templates | None = None,
 ) -> Comparison:
     """All findings of one trace against one golden, with what the comparison could have seen.
 
@@ -57,11 +59,12 @@ def compare(
         runs: what the candidate was asked to do, the suite's own by default.
         scoring: what the live reference was asked at check time.
         spreads: scatters of the statistics between families, those of constants.py by default.
+        templates: of the bug catalogue, where the trace was made with their basis.
 
     Where the structure is wrong nothing numeric is compared: the numbers would be of another question.
     """
     runs = golden.suite.runs if runs is None else runs
-    shipped = _one_question(golden, trace, runs, None, scoring=scoring, spreads=spreads)
+    shipped = _one_question(golden, trace, runs, None, scoring=scoring, spreads=spreads, templates=templates)
     if declared_precision(trace.settings) in ("float32", "float64"):
         return shipped
     wide, reason = trace.upcast, trace.upcast_reason
@@ -91,7 +94,16 @@ def compare(
             passes=shipped.passes,
         )
     declared = declared_precision(trace.settings)
-    function = _one_question(golden, wide, runs, FUNCTION_VIEWS, declared=declared, scoring=scoring, spreads=spreads)
+    function = _one_question(
+        golden,
+        wide,
+        runs,
+        FUNCTION_VIEWS,
+        declared=declared,
+        scoring=scoring,
+        spreads=spreads,
+        templates=templates,
+    )
     return Comparison(
         findings=(*function.findings, *shipped.findings),
         answers=(*function.answers, *shipped.answers),
@@ -118,6 +130,7 @@ def _one_question(
     declared: str | None = None,
     scoring: Scoring | None,
     spreads: Spreads | None,
+    templates: Templates | None,
 ) -> Comparison:
     """Everything about one run of the candidate."""
     question: Question = "function" if declared_precision(trace.settings) == "float32" else "precision"
@@ -130,6 +143,10 @@ def _one_question(
     if quantiser.is_declared(context):
         return _unknown_quantiser(context, findings)
     more, found, smallest, seems = _numbers(context)
+    diagnosis = None
+    if templates is not None:
+        diagnosis, named = likeness.diagnose(context, templates)
+        more = [*named, *more]
     findings += more
     return Comparison(
         findings=tuple(findings),
@@ -139,6 +156,7 @@ def _one_question(
                 status=_overall(findings),
                 power=_power(context, smallest, *_unseen(context, asked, views)),
                 effective=seems,
+                diagnosis=diagnosis,
             ),
         ),
         statistics=tuple(found),

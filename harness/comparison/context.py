@@ -48,6 +48,7 @@ class Context:
 
     Attributes:
         precision: that of the run; it names the effect size.
+        declared: that the weights were loaded in, which the function's float32 copy has widened.
         floor: None where the golden has none for that precision.
         centre: what a correct implementation computes, but for round-off.
         scale, norms: units of errors; None without a floor.
@@ -62,6 +63,7 @@ class Context:
     trace: Trace
     question: Question
     precision: str
+    declared: str
     floor: Floor | None
     centre: Rows
     scale: Scale | None
@@ -158,6 +160,7 @@ def compare_context(
         trace=trace,
         question="function" if precision == "float32" else "precision",
         precision=precision,
+        declared=declared or precision,
         floor=floor,
         centre=centre,
         scale=scale,

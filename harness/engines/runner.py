@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from harness.engines.base import Engine
 from harness.environment import machine, versions
 from harness.numerics.sketch import Sketcher
@@ -28,6 +31,7 @@ def run_suite(
     vocabulary: int,
     views: tuple[View, ...] | None = None,
     capabilities: frozenset[str] | None = None,
+    basis: NDArray[np.float64] | None = None,
     progress: Progress = lambda _text: None,
 ) -> Trace:
     """Do the work of ``runs`` and condense what the engine shows.
@@ -42,6 +46,7 @@ def run_suite(
         vocabulary: columns of the golden.
         views: only these of the views that the runs ask for; None is all.
         capabilities: show no more than these would; None is all that the engine has.
+        basis: what the logits of the first whole run are also multiplied with, [V, B]; None for nothing more.
         progress: called with a few words before each pass.
 
     Returns:
@@ -49,10 +54,12 @@ def run_suite(
     """
     able = engine.capabilities if capabilities is None else capabilities
     own = engine.tokenize(suite)
+    whole = first_whole(runs)
     passes: list[Pass] = []
     for run, view, repeat, visit in planned(runs, requests, able, views):
         progress(f"{run.name}/{view}")
-        passes.append(_one_pass(engine, run, view, repeat, visit, requests, continuations, stop_ids, vocabulary))
+        fine = basis if run is whole else None
+        passes.append(_one_pass(engine, run, view, repeat, visit, requests, continuations, stop_ids, vocabulary, fine))
     return Trace(
         engine=engine.spec,
         declared=_plain(engine.declared),
@@ -64,6 +71,15 @@ def run_suite(
         passes=tuple(passes),
         limits=engine.limits,
     )
+
+
+def first_whole(runs: Sequence[Run]) -> Run | None:
+    """The run that templates are fitted to: the first that runs all prompts and shows logits, a quick one first.
+
+    So that it is the same run whether all are asked for or the quick ones alone.
+    """
+    whole = [run for run in runs if run.order == "suite" and {"replay", "prefill"} & set(run.views)]
+    return next((run for run in whole if run.quick), whole[0] if whole else None)
 
 
 def _plain(value: Any) -> Any:
@@ -128,6 +144,7 @@ def _one_pass(
     continuations: Sequence[Sequence[int]],
     stop_ids: frozenset[int],
     vocabulary: int,
+    basis: NDArray[np.float64] | None,
 ) -> Pass:
     asked = [requests[i] for i in visit]
     started = time.perf_counter()
@@ -137,7 +154,7 @@ def _one_pass(
             run=run.name, view=view, repeat=repeat, requests=visit, generations=tuple(generations),
             seconds=time.perf_counter() - started,
         )  # fmt: skip
-    sketcher = Sketcher(vocabulary, fingerprints=run.order == "A-B-A")
+    sketcher = Sketcher(vocabulary, fingerprints=run.order == "A-B-A", basis=basis)
     show = engine.replay if view == "replay" else engine.prefill
     show(asked, [continuations[i] for i in visit], batch_size=run.batch_size, sketcher=sketcher)
     rows = sketcher.rows(visit)

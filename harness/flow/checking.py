@@ -19,9 +19,9 @@ from harness.errors import EngineError, HarnessError, StaleError
 from harness.flow.blaming import blame
 from harness.flow.candidates import engine_of, name_of
 from harness.flow.references import read, reference_directory
-from harness.flow.running import asked_runs, forced_trace, refuse_other_model, silent
+from harness.flow.running import asked_runs, forced_trace, refuse_other_model, silent, templates
 from harness.numerics import quantise
-from harness.values import Golden, Request, Rows, Scoring, Status, Trace, Verdict
+from harness.values import Golden, Request, Rows, Scoring, Status, Templates, Trace, Verdict
 from harness.verdict import failed, judge
 
 Progress = Callable[[str], None]
@@ -35,6 +35,7 @@ def check(
     quick: bool = False,
     upcast: bool = True,
     blame_environment: bool = False,
+    diagnose: bool = False,
     spreads: Spreads | None = None,
     progress: Progress = silent,
 ) -> Verdict:
@@ -49,6 +50,9 @@ def check(
             to float32. Without it a candidate in 16 bits is judged as shipped alone.
         blame_environment: run the recorded reference again as well, and say whether the environment or the candidate
             moved.
+        diagnose: fit the templates of the bug catalogue to the error: a bug that is named is part of the verdict. They
+            are made with the golden's model where they are not in the cache, once for each golden; a trace must
+            have been made for it.
         spreads: scatter of each statistic between families by precision; the null bench leaves a family's own out.
         progress: called with a few words before each pass.
 
@@ -64,13 +68,16 @@ def check(
     name = candidate.engine if isinstance(candidate, Trace) else name_of(candidate)
     refused = partial(failed, golden=golden.name, candidate=name)
     try:
+        # Before the engine is opened, whose settings are not for the reference.
+        bank = templates(golden, reference_directory(golden, reference), progress) if diagnose else None
         if isinstance(candidate, Trace):
             trace = candidate
         else:
+            basis = None if bank is None else bank.basis
             with engine_of(candidate, reference_directory(golden, reference)) as engine:
                 refuse_other_model(golden, engine)
-                trace = forced_trace(engine, golden, quick=quick, upcast=upcast, progress=progress)
-        verdict = _judged(golden, trace, quick, reference, spreads, progress)
+                trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
+        verdict = _judged(golden, trace, quick, reference, spreads, bank, progress)
     except StaleError as error:
         return refused(Status.STALE, error.problem, fix=error.fix, check="model")
     except EngineError as error:
@@ -93,6 +100,7 @@ def _judged(
     quick: bool,
     reference: str | Path | None,
     spreads: Spreads | None,
+    bank: Templates | None,
     progress: Progress,
 ) -> Verdict:
     """The verdict on a trace; one of the quick runs alone is judged by these, whatever is asked."""
@@ -100,7 +108,7 @@ def _judged(
     trace = _only(trace, {one.name for one in runs}) if quick and not trace.quick else trace
     asked = scoring(golden, trace, reference, progress)
     return judge(
-        compare(golden, trace, runs, scoring=asked, spreads=spreads),
+        compare(golden, trace, runs, scoring=asked, spreads=spreads, templates=bank),
         golden=golden.name,
         candidate=trace.engine,
         settings=trace.settings,

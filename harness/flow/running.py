@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from harness import store, suites
 from harness.comparison import FUNCTION_VIEWS
 from harness.comparison.context import declared_precision
 from harness.engines import Engine, runner
-from harness.errors import StaleError, UsageError, first_line
+from harness.errors import ModelError, StaleError, UsageError, first_line
 from harness.flow.candidates import engine_of
 from harness.flow.references import reference_directory
-from harness.values import Golden, Run, Suite, Trace, View, work_digest
+from harness.values import Golden, Run, Suite, Templates, Trace, View, work_digest
 
 Progress = Callable[[str], None]
 
@@ -34,6 +37,7 @@ def run(
     model: str | Path | None = None,
     quick: bool = False,
     upcast: bool = True,
+    diagnose: bool = False,
     progress: Progress = silent,
 ) -> Trace:
     """What a candidate does on the work of a golden or of a suite, to be judged here or elsewhere.
@@ -45,6 +49,7 @@ def run(
         model: directory of weights for a SPEC that names none; for a golden the model beside it.
         quick: only the quick runs.
         upcast: also run a copy widened to float32, where the candidate is in 16 bits.
+        diagnose: also show what templates of the bug catalogue are fitted to; of a golden whose model is at hand.
         progress: called with a few words before each pass.
 
     Raises:
@@ -54,9 +59,29 @@ def run(
     if isinstance(work, Suite):
         with engine_of(candidate, None if model is None else Path(model)) as engine:
             return free_trace(engine, work, quick=quick, progress=progress)
-    with engine_of(candidate, reference_directory(work, model)) as engine:
+    directory = reference_directory(work, model)
+    bank = templates(work, directory, progress) if diagnose else None
+    with engine_of(candidate, directory) as engine:
         refuse_other_model(work, engine)
-        return forced_trace(engine, work, quick=quick, upcast=upcast, progress=progress)
+        basis = None if bank is None else bank.basis
+        return forced_trace(engine, work, quick=quick, upcast=upcast, basis=basis, progress=progress)
+
+
+def templates(golden: Golden, model: Path | None, progress: Progress) -> Templates:
+    """The golden's templates of the bug catalogue, made now where they are not in the cache.
+
+    Raises:
+        ModelError: where the golden's model is not at hand.
+        UsageError: for a golden whose suite or floors allow none.
+    """
+    if model is None:
+        raise ModelError(
+            f"templates are made with the model of {golden.name}, which is not beside it",
+            fix="Name its directory with --reference, or leave out --diagnose",
+        )
+    from harness.templates import caching
+
+    return caching.templates_of(golden, model, progress)
 
 
 def _work(work: Golden | Suite | str | Path) -> Golden | Suite:
@@ -66,16 +91,24 @@ def _work(work: Golden | Suite | str | Path) -> Golden | Suite:
 
 
 def forced_trace(
-    engine: Engine, golden: Golden, *, quick: bool = False, upcast: bool = True, progress: Progress = silent
+    engine: Engine,
+    golden: Golden,
+    *,
+    quick: bool = False,
+    upcast: bool = True,
+    basis: NDArray[np.float64] | None = None,
+    progress: Progress = silent,
 ) -> Trace:
     """What an open engine does on a golden's work, its tokens forced."""
     runs = asked_runs(golden, quick)
     if engine.vocabulary < golden.vocabulary:
         # Nothing could be compared with columns that are not there; the trace itself says so.
         runs, upcast = [], False
-    trace = _on_golden(golden, engine, runs, progress)
+    trace = _on_golden(golden, engine, runs, progress, basis=basis)
     if upcast:
-        trace = _with_upcast(golden, engine, trace, runs, progress)
+        trace = _with_upcast(golden, engine, trace, runs, progress, basis)
+    if basis is not None:
+        trace = replace(trace, basis=golden.model.digest)
     return replace(trace, quick=quick, forced=work_digest(golden))
 
 
@@ -110,7 +143,14 @@ def free_trace(engine: Engine, suite: Suite, *, quick: bool = False, progress: P
     return replace(trace, quick=quick, upcast_reason="no golden was at hand whose tokens could be forced")
 
 
-def _with_upcast(golden: Golden, engine: Engine, trace: Trace, runs: Sequence[Run], progress: Progress) -> Trace:
+def _with_upcast(
+    golden: Golden,
+    engine: Engine,
+    trace: Trace,
+    runs: Sequence[Run],
+    progress: Progress,
+    basis: NDArray[np.float64] | None,
+) -> Trace:
     """The trace with that of a copy of the live candidate, widened to float32 as it is (numerics.md 2.1)."""
     if declared_precision(trace.settings) in ("float32", "float64"):
         return trace
@@ -118,7 +158,9 @@ def _with_upcast(golden: Golden, engine: Engine, trace: Trace, runs: Sequence[Ru
         return replace(trace, upcast_reason=f"{engine.spec} cannot be widened to float32")
     try:
         with engine.upcast() as wide:
-            found = _on_golden(golden, wide, runs, lambda text: progress(f"float32 copy: {text}"), FUNCTION_VIEWS)
+            found = _on_golden(
+                golden, wide, runs, lambda text: progress(f"float32 copy: {text}"), FUNCTION_VIEWS, basis
+            )
             # Afterwards: a candidate that keeps state between requests must not be brought into one by the audit.
             narrow = wide.narrow_operation()
             if narrow:
@@ -138,6 +180,7 @@ def _on_golden(
     runs: Sequence[Run],
     progress: Progress = silent,
     views: tuple[View, ...] | None = None,
+    basis: NDArray[np.float64] | None = None,
 ) -> Trace:
     return runner.run_suite(
         engine,
@@ -148,6 +191,7 @@ def _on_golden(
         stop_ids=frozenset(golden.stop_ids),
         vocabulary=golden.vocabulary,
         views=views,
+        basis=basis,
         progress=progress,
     )
 

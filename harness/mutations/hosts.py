@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: The trained models, whose directories are golden/NAME/model.
 SHIPPED = ("bloom-raw", "bloom-tiny", "gpt2-tiny", "llama-tiny")
 
+#: The type that each of them has in transformers.
+_SHIPPED_TYPES = {"bloom-raw": "bloom", "bloom-tiny": "bloom", "gpt2-tiny": "gpt2", "llama-tiny": "llama"}
+
 VOCABULARY = 307  # a prime: no shard count divides it
 _TOKENIZER_SEED = 5
 
@@ -249,6 +252,15 @@ HOSTS: Mapping[str, Host] = {
 
 #: Every name that a mutation may give as a host.
 NAMES = (*SHIPPED, *HOSTS)
+
+
+def model_type_of(name: str) -> str:
+    """The type of any host in transformers.
+
+    Raises:
+        LookupError: for a name that is not one of NAMES.
+    """
+    return _SHIPPED_TYPES[name] if name in _SHIPPED_TYPES else _host(name).model_type
 
 
 def build(name: str, dtype: str = "bfloat16") -> PreTrainedModel:

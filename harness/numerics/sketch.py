@@ -50,11 +50,15 @@ class Sketcher:
     Args:
         vocabulary: columns of the reference; a candidate's further columns only count for the argmax.
         fingerprints: also keep a checksum of the raw bits of generated rows, for bit-equality.
+        basis: also keep the products of the logits with these columns, each orthogonal to a constant, [V, B].
     """
 
-    def __init__(self, vocabulary: int, *, fingerprints: bool = False) -> None:
+    def __init__(
+        self, vocabulary: int, *, fingerprints: bool = False, basis: NDArray[np.float64] | None = None
+    ) -> None:
         self.vocabulary = vocabulary
         self.fingerprints = fingerprints
+        self.basis = basis
         self._parts: list[Rows] = []
 
     def add(
@@ -106,7 +110,16 @@ class Sketcher:
             top_ids=_array(top.indices, np.int32),
             top_logits=_array(top.values, np.float32),
             fingerprint=self._fingerprint(logits_NV[generated_N]),
+            fine=self._fine(known_NV),
         )
+
+    def _fine(self, known_NV: torch.Tensor) -> NDArray[np.float64] | None:
+        import torch
+
+        if self.basis is None:
+            return None
+        basis_VB = torch.from_numpy(self.basis).to(device=known_NV.device, dtype=known_NV.dtype)
+        return _array(known_NV @ basis_VB, np.float64)
 
     def _fingerprint(self, logits_GV: torch.Tensor) -> NDArray[np.int64]:
         """A linear checksum, modulo 2^64, of the logits' bit patterns, int64 [G]."""
@@ -161,7 +174,9 @@ def concatenate(parts: list[Rows], vocabulary: int) -> Rows:
     """Rows one after another."""
     if not parts:
         return empty_rows(vocabulary)
-    return Rows(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in Rows.__slots__})
+    found = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*_PER_ROW, *_PER_GENERATED)}
+    fine = [part.fine for part in parts if part.fine is not None]
+    return Rows(**found, fine=np.concatenate(fine) if len(fine) == len(parts) else None)
 
 
 def select_rows(rows: Rows, keep: NDArray[np.bool_] | NDArray[np.int64]) -> Rows:
@@ -172,6 +187,7 @@ def select_rows(rows: Rows, keep: NDArray[np.bool_] | NDArray[np.int64]) -> Rows
     return Rows(
         **{name: getattr(rows, name)[keep] for name in _PER_ROW},
         **{name: getattr(rows, name)[top] for name in _PER_GENERATED},
+        fine=None if rows.fine is None else rows.fine[keep],
     )
 
 

@@ -8,4 +8,6 @@
 - trial, trials: bugs, controls and correct implementations before every rule, ours and the peers'
 - judges, curves, paired, survivors, detection: what the trials add up to
 - rendering, plot: the same as text, JSON and a figure
+- naming, naming_table: which bugs the templates name, and what they name where there is none
+- certificate: which bugs the gate of a user's own model and suite sees, and what others need
 """

@@ -86,8 +86,8 @@ def planned(
         UsageError: for a name or a host that there is not, or that have nothing in common.
     """
     blanks = [*_of_catalogue(sweeps), *_of_families()]
-    chosen = _known(names, [*CATALOGUE, *FAMILIES], "bug, control or correct implementation", "harness power --list")
-    where = _known(places, hosts.NAMES, "host", ", ".join(hosts.NAMES))
+    chosen = known(names, [*CATALOGUE, *FAMILIES], "bug, control or correct implementation", "harness power --list")
+    where = known(places, hosts.NAMES, "host", ", ".join(hosts.NAMES))
     asked = [
         blank if blank.group == ENDS else replace(blank, group=QUICK if quick else group)
         for host in hosts.NAMES
@@ -101,9 +101,14 @@ def planned(
     return asked
 
 
-def _known(names: Iterable[str] | None, known: Collection[str], what: str, where: str) -> frozenset[str]:
-    chosen = frozenset(known if names is None else names)
-    if unknown := sorted(chosen - frozenset(known)):
+def known(names: Iterable[str] | None, there: Collection[str], what: str, where: str) -> frozenset[str]:
+    """The names that were chosen, all by default.
+
+    Raises:
+        UsageError: for one that there is not.
+    """
+    chosen = frozenset(there if names is None else names)
+    if unknown := sorted(chosen - frozenset(there)):
         raise UsageError(f"there is no {what} {unknown[0]!r}", fix=f"Choose among those of {where}")
     return chosen
 

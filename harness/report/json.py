@@ -8,7 +8,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.values import Answer, Blame, Difference, Finding, PassSummary, Power, Statistic, Verdict
+from harness.values import (
+    Answer,
+    Blame,
+    Diagnosis,
+    Difference,
+    Finding,
+    Likeness,
+    PassSummary,
+    Power,
+    Statistic,
+    Verdict,
+)
 
 #: Raised when a key changes its meaning or goes away; verdict.schema.json says the same.
 VERSION = 3
@@ -55,7 +66,18 @@ def _told(found: Sequence[Statistic]) -> Iterator[Statistic]:
 
 
 def _answer(answer: Answer) -> dict[str, Any]:
-    return {**_fields(answer, Answer.__slots__), "power": _power(answer.power)}
+    return {
+        **_fields(answer, Answer.__slots__),
+        "power": _power(answer.power),
+        "diagnosis": None if answer.diagnosis is None else _diagnosis(answer.diagnosis),
+    }
+
+
+def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
+    likenesses = {
+        name: [_fields(one, Likeness.__slots__) for one in getattr(diagnosis, name)] for name in ("named", "nearest")
+    }
+    return {**_fields(diagnosis, Diagnosis.__slots__), **likenesses}
 
 
 def _power(power: Power | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from harness.numerics.statistics import MAGNITUDES, SIGNED
 from harness.report.characters import legal, one_line
+from harness.report.diagnosis import diagnosis_lines
 from harness.values import (
     Answer,
     Change,
@@ -44,6 +45,7 @@ def verdict_to_text(verdict: Verdict, *, verbose: bool = False) -> str:
         # What the passes say is nearer to the bug, so it stands where there is room for one meaning.
         meanings = [f"meaning: {one}" for one in (_meaning_of_passes(verdict), _meaning_of_answers(verdict)) if one]
         lines += meanings if verbose else meanings[:1]
+    lines += [line for answer in verdict.answers for line in diagnosis_lines(answer)]
     if verdict.environment:
         lines.append(f"environment: {environment_words(verdict.environment)}")
     if verdict.blame is not None:
@@ -285,9 +287,11 @@ def _next_command(verdict: Verdict, *, verbose: bool) -> list[str]:
             "the same check with --json FILE (in Python verdict.to_dict()) gives every finding, statistic and limit"
         )
     else:
+        looked = any(one.diagnosis is not None for one in verdict.answers)
+        name = "--diagnose (in Python diagnose=True) looks for the bug in a catalogue, " if moved and not looked else ""
         command = (
-            "the same check with --verbose gives limits and their derivation, "
-            "with --json FILE (in Python verdict.to_dict()) every finding and statistic"
+            f"the same check with {name}--verbose gives limits and their derivation, "
+            "--json FILE (in Python verdict.to_dict()) every finding and statistic"
         )
     return [f"next: {command}"]
 

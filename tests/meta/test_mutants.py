@@ -28,18 +28,13 @@ def mutated(mutant, model):
         yield model
 
 
-def _flips(verdict) -> str:
-    replay = next(one for one in verdict.passes if one.view == "replay")
-    return f"{replay.flips} of {replay.steps} greedy tokens flipped, error {replay.ratio:.0f} x round-off"
-
-
-@pytest.mark.parametrize(("mutant", "host"), CASES)
-def test_a_mutant_deviates_in_fp32(goldens, host, mutant):
-    """A real bug fails the check in fp32, whether or not it flips a token."""
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_mutant_deviates_in_fp32(goldens, host):
+    """A live model in fp32 whose bug flips no token fails; below, the float32 copy of a bf16 model shows every bug."""
     golden = harness.load_golden(goldens / host / "translate")
-    with mutated(mutant, harness.reference_model(golden, dtype=torch.float32)) as model:
+    with mutated("wc-eps", harness.reference_model(golden, dtype=torch.float32)) as model:
         verdict = harness.check(golden, model, quick=True)
-    print(f"{host}: {mutant}: {verdict.status}, {_flips(verdict)}")
+    assert sum(one.flips for one in verdict.passes) == 0
     assert verdict.status is Status.DEVIATES
     assert verdict.status.exit_code == 1
 
@@ -85,24 +80,16 @@ def test_round_off_in_bf16_hides_some_of_them(goldens):
         assert harness.check(golden, model, quick=True, upcast=False).ok
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_the_unchanged_model_passes(goldens, host):
-    """The opposite direction: the same model without a bug is ok, so the mutants fail for their bug."""
-    golden = harness.load_golden(goldens / host / "core")
-    model = harness.reference_model(golden, dtype=torch.float32)
-    assert harness.check(golden, model, quick=True).ok
-
-
 @pytest.mark.parametrize("host", ["bloom-tiny", "llama-tiny"])
 def test_a_changed_checkpoint_fails_through_the_command(goldens, tmp_path, host, monkeypatch):
     """A checkpoint with one changed row, named in the SPEC, ends the command with exit code 1."""
     from harness import cli
 
-    golden = harness.load_golden(goldens / host / "core")
+    golden = harness.load_golden(goldens / host / "translate")
     with mutated("x-row-scaled", harness.reference_model(golden)) as model:
         model.save_pretrained(tmp_path / "changed")
     spec = f"hf:dtype=float32,model={tmp_path / 'changed'}"
-    monkeypatch.setattr("sys.argv", ["harness", "check", str(goldens / host / "core"), "--quick", "-c", spec])
+    monkeypatch.setattr("sys.argv", ["harness", "check", str(golden.directory), "--quick", "-c", spec])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1

@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def assert_coded(rows):
     for name in ("argmax", "nonfinite", "logsumexp", "logp", "entropy"):
         assert (getattr(rows, name) == code).all(), name
     assert (rows.projections == code[:, None]).all()
+    assert rows.fine is None or (rows.fine == np.stack([code, -code], axis=1)).all()
     shown = code[rows.generated]
     assert (rows.top_ids == shown[:, None]).all()
     assert (rows.top_logits == shown[:, None]).all()
@@ -168,6 +170,106 @@ def test_condenses_every_dtype(dtype):
     assert rows.logsumexp == pytest.approx(exact.logsumexp, rel=1e-6)
     bound = VOCABULARY * 2.0**-24 * logits.double().norm(dim=1).numpy()
     assert (metrics.error_norm(rows.projections, exact.projections) <= bound).all()
+
+
+# --- products with a basis -------------------------------------------------------------------------
+
+
+def basis_of(columns=6, *, vocabulary=VOCABULARY, seed=0):
+    """Random columns, each orthogonal to a constant, [V, B]."""
+    found = np.random.default_rng(seed).normal(size=(vocabulary, columns))
+    return found - found.mean(axis=0)
+
+
+def fine_of(logits, basis, **more):
+    """The products that a sketcher keeps, [N, B]."""
+    count = len(logits)
+    sketcher = sketch.Sketcher(more.pop("vocabulary", VOCABULARY), basis=basis)
+    for cut in np.array_split(np.arange(count), more.pop("pieces", 1)):
+        sketcher.add(
+            logits[cut],
+            torch.zeros(len(cut), dtype=torch.int64),
+            request=np.zeros(len(cut), dtype=np.int32),
+            position=(cut + 1).astype(np.int32),
+            generated=cut % 2 == 0,
+        )
+    return sketcher.rows().fine
+
+
+def test_products_with_a_basis():
+    """Each row's logits are multiplied with each column of the basis, all of them, in float64."""
+    logits, basis = logits_of(9), basis_of()
+    found = fine_of(logits, basis)
+    assert (found.dtype, found.shape) == (np.float64, (9, 6))
+    assert found == pytest.approx(logits.numpy() @ basis, rel=1e-12)
+    by_hand = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+    assert fine_of(by_hand, np.array([[1.0], [0.0], [-1.0]]), vocabulary=3).tolist() == [[-3.0]]
+
+
+def test_products_are_asked_for():
+    """Without a basis there are none, with rows or without, and nothing else of a row changes with one."""
+    logits = logits_of(4)
+    plain = condensed(logits)
+    assert plain.fine is None
+    assert sketch.Sketcher(VOCABULARY).rows().fine is None
+    sketcher = sketch.Sketcher(VOCABULARY, basis=basis_of())
+    sketcher.add(
+        logits,
+        torch.zeros(4, dtype=torch.int64),
+        request=np.zeros(4, dtype=np.int32),
+        position=np.arange(1, 5, dtype=np.int32),
+        generated=np.ones(4, dtype=np.bool_),
+    )
+    rows = sketcher.rows()
+    for name in set(Rows.__slots__) - {"fine"}:
+        assert (getattr(rows, name) == getattr(plain, name)).all(), name
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2.0**-52), (torch.bfloat16, 2.0**-23)])
+def test_products_are_wide(dtype, unit):
+    """Logits in float32 are multiplied in float64, narrower ones in float32, as the projections are."""
+    logits, basis = logits_of(7, dtype=dtype), basis_of()
+    exact = logits.double().numpy() @ basis
+    allowed = VOCABULARY * unit * (np.abs(logits.double().numpy()) @ np.abs(basis))
+    assert (np.abs(fine_of(logits, basis) - exact) <= allowed).all()
+
+
+def test_extra_columns_are_not_multiplied():
+    """A padded vocabulary has the products of the columns that the reference has."""
+    logits, basis = logits_of(3), basis_of()
+    padded = torch.cat([logits, torch.full((3, 5), 9.0, dtype=torch.float64)], dim=1)
+    assert fine_of(padded, basis) == pytest.approx(fine_of(logits, basis), rel=1e-12)
+
+
+def test_products_keep_their_rows_in_pieces(monkeypatch):
+    """Rows that are added one at a time, or condensed a chunk at a time, have the same products in the same order."""
+    logits, basis = logits_of(11), basis_of()
+    whole = fine_of(logits, basis)
+    monkeypatch.setattr(sketch, "_CHUNK_BYTES", 2 * 8 * VOCABULARY)
+    assert fine_of(logits, basis, pieces=5) == pytest.approx(whole, rel=1e-12)
+
+
+def test_products_show_a_nan():
+    """A NaN in one row makes its products NaN, and those of no other."""
+    logits = logits_of(3)
+    logits[1, 4] = float("nan")
+    assert np.isnan(fine_of(logits, basis_of())).any(axis=1).tolist() == [False, True, False]
+
+
+def with_fine(rows):
+    """Rows of `coded_rows` whose products say which (request, position) they are of."""
+    code = (rows.request * 1000 + rows.position).astype(np.float64)
+    return replace(rows, fine=np.stack([code, -code], axis=1))
+
+
+def test_concatenated_rows_keep_their_products():
+    """Products stay beside their rows; where a part has none the whole has none."""
+    generated = np.array([True, False])
+    first, second = (coded_rows([(one, 1), (one, 2)], generated) for one in (4, 3))
+    both = sketch.concatenate([with_fine(first), with_fine(second)], VOCABULARY)
+    assert both.fine[:, 0].tolist() == [4001, 4002, 3001, 3002]
+    assert sketch.concatenate([with_fine(first), second], VOCABULARY).fine is None
+    assert sketch.concatenate([first, second], VOCABULARY).fine is None
 
 
 # --- rows ------------------------------------------------------------------------------------------
@@ -299,7 +401,7 @@ def test_chunks_change_nothing(monkeypatch, dtype, pieces):
     monkeypatch.setattr(sketch, "_CHUNK_BYTES", 2 * 8 * VOCABULARY)
     parts = condensed(logits, generated=generated, fingerprints=True, pieces=pieces)
     for name in Rows.__slots__:
-        if name not in ("projections", "logsumexp", "logp", "entropy"):
+        if name not in ("projections", "logsumexp", "logp", "entropy", "fine"):
             assert (getattr(parts, name) == getattr(whole, name)).all(), name
     # Another shape may sum in another order: two roundings of the precision of the product apart at most. log p and
     # entropy are differences of numbers as large as the logsumexp.
@@ -334,7 +436,7 @@ def test_no_rows_have_the_same_types():
     """Nothing added gives zero rows of the shapes and dtypes that any other rows have."""
     nothing, something = sketch.Sketcher(VOCABULARY).rows(), condensed(logits_of(2))
     assert len(nothing) == 0
-    for name in Rows.__slots__:
+    for name in set(Rows.__slots__) - {"fine"}:
         empty, full = getattr(nothing, name), getattr(something, name)
         assert (empty.dtype, empty.shape[1:]) == (full.dtype, full.shape[1:]), name
         assert len(empty) == 0, name
@@ -355,7 +457,7 @@ _KEYS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 99)), min_size=1, m
 def test_sorting_keeps_rows_together(keys, data):
     """Sorted rows are ordered by (request, position), and every field moved with its row."""
     generated = np.array(data.draw(st.lists(st.booleans(), min_size=len(keys), max_size=len(keys))))
-    rows = sketch.sort_rows(coded_rows(keys, generated))
+    rows = sketch.sort_rows(with_fine(coded_rows(keys, generated)))
     assert list(zip(rows.request.tolist(), rows.position.tolist(), strict=True)) == sorted(keys)
     assert rows.generated.sum() == generated.sum()
     assert_coded(rows)
@@ -366,7 +468,7 @@ def test_sorting_keeps_rows_together(keys, data):
 def test_selecting_keeps_top_entries_aligned(keys, data):
     """A mask and the same choice as indices give the same rows, each with its own top entries and fingerprint."""
     flags = st.lists(st.booleans(), min_size=len(keys), max_size=len(keys))
-    rows = coded_rows(keys, np.array(data.draw(flags)))
+    rows = with_fine(coded_rows(keys, np.array(data.draw(flags))))
     mask = np.array(data.draw(flags))
     by_mask, by_index = sketch.select_rows(rows, mask), sketch.select_rows(rows, np.flatnonzero(mask))
     assert len(by_mask) == mask.sum()

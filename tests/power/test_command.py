@@ -30,8 +30,12 @@ def harness(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--nulls", 5, "--summary"), "give one of --nulls, --spreads, --summary and --list, or none of them"),
+        (("--nulls", 5, "--summary"), "give one of --nulls, --names, --spreads, --summary"),
         (("--list", "--spreads", "--groups", 1), "give one of"),
+        (("--names", "--summary"), "give one of"),
+        (("--names", "--groups", 2), "--groups is of --spreads and of the bugs"),
+        (("--names", "--plot", "x.svg"), "are of the bugs"),
+        (("--names", "--only", "nope"), "there is no bug, pair or correct implementation 'nope'"),
         (("--spreads",), "--spreads needs a number of --groups"),
         (("--nulls", 5, "--groups", 2), "--groups is of --spreads and of the bugs"),
         (("--summary", "--groups", 2), "--groups is of --spreads and of the bugs"),

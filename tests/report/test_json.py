@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 from harness import values
 from harness.numerics import statistics
 from harness.report.json import VERSION, schema, verdict_to_dict
-from harness.values import Answer, Blame, Difference, Finding, PassSummary, Power, Statistic, Status, Verdict
+from harness.values import (
+    Answer,
+    Blame,
+    Diagnosis,
+    Difference,
+    Finding,
+    Likeness,
+    PassSummary,
+    Power,
+    Statistic,
+    Status,
+    Verdict,
+)
 from tests.comparison import literal
 from tests.report import verdicts
 
@@ -192,6 +204,8 @@ _OBJECTS = {
     "pass": (PassSummary, set()),
     "difference": (Difference, set()),
     "blame": (Blame, set()),
+    "diagnosis": (Diagnosis, set()),
+    "likeness": (Likeness, set()),
 }
 _NAMES = {kind: name for name, (kind, _) in _OBJECTS.items()}
 

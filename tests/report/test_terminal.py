@@ -57,8 +57,9 @@ def test_a_failure_says_each_thing_once():
         "  meaning: the weights and the function are right, the path in the declared precision is not: "
         "a kernel, a mask value, an overflow, an accumulation or a missing upcast",
         "  next: compare module by module",
-        "  next: the same check with --verbose gives limits and their derivation, "
-        "with --json FILE (in Python verdict.to_dict()) every finding and statistic",
+        "  next: the same check with --diagnose (in Python diagnose=True) looks for the bug in a catalogue, "
+        "--verbose gives limits and their derivation, --json FILE (in Python verdict.to_dict()) every finding and "
+        "statistic",
     ]
 
 

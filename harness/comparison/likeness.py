@@ -1,0 +1,162 @@
+"""Likeness: which bugs of the catalogue an error is made of, below the size of round-off too (numerics.md 2.9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.comparison import residual
+from harness.comparison.context import Context
+from harness.numerics.constants import ALPHA_TEMPLATES
+from harness.numerics.matched import Filter, Match, Sums, fits
+from harness.report.diagnosis import likeness_words
+from harness.templates.fitting import Projector, filter_of, part_of, places_of, sums_of
+from harness.values import Diagnosis, Finding, Likeness, Status, TemplateNoise, Templates
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """The templates beside one candidate's error, for all that is asked of them.
+
+    Attributes:
+        bank, noise, projector: the templates, and the round-off that they are held against.
+        views: indices of the views that the candidate shows.
+        rows: which rows of the templates these are, [M].
+        error: of the candidate, in units of round-off, zero where it shows nothing, [M, R].
+        sums: of the bugs.
+        all_sums: of bugs and places.
+        filter: of the bugs.
+        limit: of |z|.
+        named: the bugs that the error is made of.
+    """
+
+    bank: Templates
+    noise: TemplateNoise
+    projector: Projector
+    views: list[int]
+    rows: NDArray[np.bool_]
+    error: Float64
+    sums: Sums
+    all_sums: Sums
+    filter: Filter
+    limit: float
+    named: tuple[Match, ...]
+
+
+def diagnose(context: Context, bank: Templates) -> tuple[Diagnosis, list[Finding]]:
+    """What the templates say, and a finding for each bug that is there as the catalogue has it."""
+    fitted, reason = fit(context, bank)
+    if fitted is None:
+        return Diagnosis(reason=reason), []
+    one = fitted.filter
+    ranked = one.ranked(fitted.sums)
+    needed = {index: one.needed(index, fitted.limit) for index in range(len(bank.names))}
+    diagnosis = Diagnosis(
+        limit=fitted.limit,
+        named=tuple(_likeness(fitted, match) for match in fitted.named),
+        nearest=tuple(_likeness(fitted, match) for match in ranked[:2]),
+        templates=len(bank.names),
+        untestable={_name(bank, index): multiple for index, multiple in needed.items() if multiple > 1},
+        residual=residual.words(context, fitted, places_of(bank, fitted.noise, fitted.views)),
+    )
+    # At another strength it is a hint, and the error's own size and statistics decide.
+    return diagnosis, [_finding(context, fitted, match) for match in fitted.named if fits(match.coefficient)]
+
+
+def fit(context: Context, bank: Templates) -> tuple[Fitted | None, str]:
+    """Fit the templates to a candidate's error; None and the reason where that cannot be done."""
+    noise = bank.noises.get(context.precision)
+    if context.floor is None or context.missing or noise is None:
+        return None, context.missing or f"the templates have no round-off of {context.precision}"
+    if context.scoring.centre is not None:
+        return None, "the candidate's weights are rounded as it declares, and templates are of the checkpoint's own"
+    if not bank.names:
+        return None, "no bug of the catalogue changes anything here"
+    if context.trace.basis not in ("", context.golden.model.digest):
+        return None, "the trace was made with the head of another model"
+    error, views = _error(context, bank)
+    if not views:
+        return None, f"no logits of the run {bank.run!r} were shown for it (a trace is made with --diagnose as well)"
+    if not np.isfinite(error).all():
+        return None, "its logits are not finite"
+    # Of the precision itself, which the templates' round-off was measured in, whatever parallelism is declared.
+    sigma = context.golden.floors[context.precision].sigma[bank.place].astype(np.float64)
+    prompt = context.golden.rows.request[bank.place]
+    projector = Projector.of(bank, prompt, sigma, noise.whiten)
+    rows = np.isin(bank.view, views)
+    whole = sums_of(projector, noise, error / sigma[:, None], views)
+    sums = part_of(whole, slice(len(bank.names)))
+    one = filter_of(bank, noise, views)
+    limit = one.limit(ALPHA_TEMPLATES)
+    return Fitted(
+        bank=bank,
+        noise=noise,
+        projector=projector,
+        views=views,
+        rows=rows,
+        error=error / sigma[:, None],
+        sums=sums,
+        all_sums=whole,
+        filter=one,
+        limit=limit,
+        named=tuple(one.named(sums, limit)),
+    ), ""
+
+
+def _error(context: Context, bank: Templates) -> tuple[Float64, list[int]]:
+    """What the candidate shows less what it should, [M, R], and the indices of the views that it shows."""
+    centre = bank.centres[context.declared if context.declared in bank.centres else context.precision]
+    error, views = np.zeros(centre.shape), []
+    for index, view in enumerate(bank.views):
+        shown = next((one for one in context.trace.passes if one.run == bank.run and one.view == view), None)
+        if shown is None or shown.rows is None or shown.rows.fine is None:
+            continue
+        rows = np.flatnonzero(bank.view == index)
+        fine = shown.rows.fine
+        if fine.shape != (len(rows), len(bank.turn)) or (context.place(shown.rows) != bank.place[rows]).any():
+            continue
+        error[rows] = fine @ bank.turn - centre[rows]
+        views.append(index)
+    return error, views
+
+
+# --- in words ----------------------------------------------------------------------------------
+
+
+def _name(bank: Templates, index: int) -> str:
+    name, strength = bank.names[index]
+    return name if strength == 1 else f"{name} at {strength:g}"
+
+
+def _likeness(fitted: Fitted, match: Match) -> Likeness:
+    bank = fitted.bank
+    alike = np.flatnonzero(fitted.filter.classes == fitted.filter.classes[match.index])
+    own = bank.names[match.index][0]
+    return Likeness(
+        name=_name(bank, match.index),
+        wrong=bank.wrong[match.index],
+        coefficient=match.coefficient,
+        raw=match.raw,
+        z=match.z,
+        aliases=tuple(sorted({bank.names[index][0] for index in alike} - {own})),
+    )
+
+
+def _finding(context: Context, fitted: Fitted, match: Match) -> Finding:
+    one = _likeness(fitted, match)
+    return Finding(
+        status=Status.DEVIATES,
+        check="looks like",
+        question=context.question,
+        message=f"{likeness_words(one)}: {one.wrong}",
+        where=f"all passes of the run {fitted.bank.run!r}",
+        measured=match.z,
+        allowed=fitted.limit,
+        why=f"largest |z| of {len(fitted.bank.names)} templates over {len(fitted.filter.replicas)} replicas under "
+        f"sign flips of prompts, for rate {ALPHA_TEMPLATES:.2g}",
+        fix=f"Look whether it has this: {one.wrong}",
+    )
