@@ -14,7 +14,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ _SPLITS = (1, 2, 3, 4)
 _CHUNKS = (None, None, 64, 96, 160)
 _FEWEST_COLUMNS = 8
 _ATTEMPTS = 4
+_HALF = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +51,7 @@ class Draw:
             drawn places; None draws.
         wide: matrix products of fp16 operands are computed in fp32 and rounded once, as tensor cores do.
             A CPU without fp16 products is several times faster so.
+        fused: activations, and the product of a gated MLP, are computed in fp32 and rounded once, as fused kernels do.
     """
 
     seed: int | None = None
@@ -58,6 +60,7 @@ class Draw:
     chunk: int | None = None
     pieces: int | None = None
     wide: bool = False
+    fused: bool = False
 
     def __str__(self) -> str:
         parts = [
@@ -66,18 +69,26 @@ class Draw:
             f"{self.norms} norms" if self.norms else "norms as loaded",
             f"prefill by {self.chunk}" if self.chunk else "one prefill",
             *(["fp32 products"] if self.wide else []),
+            *(["fused activations"] if self.fused else []),
         ]
         return ", ".join(parts)
 
 
 def draw(
-    count: int, seed: int, kernels: tuple[str, ...], *, wide: bool = False, parallel: int | None = None
+    count: int,
+    seed: int,
+    kernels: tuple[str, ...],
+    *,
+    wide: bool = False,
+    parallel: int | None = None,
+    fused: bool = False,
 ) -> list[Draw]:
     """``count`` variants; ``kernels`` are the attention kernels that the model has, ``wide`` as in Draw.
 
     The first is the plain run, so that the native products of the machine are among the variants. Under a
     declared tensor parallelism of size ``parallel`` half of the others cut each Linear into so many even pieces,
-    and the rest at drawn places: a shard's own kernel cuts its part again.
+    and the rest at drawn places: a shard's own kernel cuts its part again. With ``fused`` half of the others
+    have fused activations; all else is drawn as without.
     """
     rng = random.Random(seed)
     plain = [Draw(), *(Draw(attention=kernel, wide=wide) for kernel in kernels[1:])]
@@ -92,6 +103,9 @@ def draw(
         )
         for _ in range(count - len(plain))
     ]
+    if fused:
+        coin = random.Random(seed + 1)
+        drawn = [replace(one, fused=coin.random() < _HALF) for one in drawn]
     return [*plain, *drawn][:count]
 
 
@@ -120,6 +134,10 @@ def applied(model: PreTrainedModel, variant: Draw) -> Iterator[None]:
                 forward = _layer_norm(module, style)
             elif _is_rms_norm(module) and (style := _norm_style(variant, rng)):
                 forward = _rms_norm(module, style)
+            elif variant.fused and _is_gated(module):
+                forward = _fused_gate(module)
+            elif variant.fused and _is_activation(module):
+                forward = _fused_activation(module)
             if forward is not None:
                 module.forward = forward
                 patched.append(module)
@@ -222,6 +240,44 @@ def _layer_norm(module: torch.nn.LayerNorm, style: str) -> Callable[[torch.Tenso
         normed = ((wide - mean) / (variance + module.eps).sqrt()).to(x.dtype)
         scaled = normed if module.weight is None else normed * module.weight
         return scaled if module.bias is None else scaled + module.bias
+
+    return forward
+
+
+def _is_activation(module: torch.nn.Module) -> bool:
+    """An activation function as a module: without weights and parts of its own, from where these are kept."""
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return False
+    place = type(module).__module__
+    return (
+        place in ("transformers.activations", "torch.nn.modules.activation") or "gelu" in type(module).__name__.lower()
+    )
+
+
+def _fused_activation(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    original: Callable[[torch.Tensor], torch.Tensor] = module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return original(x.float()).to(x.dtype) if x.element_size() < 4 else original(x)
+
+    return forward
+
+
+def _is_gated(module: torch.nn.Module) -> bool:
+    """Llama's MLP and its copies."""
+    names = {name for name, _ in module.named_children()}
+    return names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def _fused_gate(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        if gate.element_size() < 4:
+            product: torch.Tensor = (module.act_fn(gate.float()) * up.float()).to(gate.dtype)
+        else:
+            product = module.act_fn(gate) * up
+        result: torch.Tensor = module.down_proj(product)
+        return result
 
     return forward
 

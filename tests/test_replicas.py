@@ -34,6 +34,7 @@ VARIANTS = (
     Draw(seed=5, norms="mixed", chunk=64),
     Draw(seed=6, pieces=2),
     Draw(seed=7, pieces=4, norms="fused"),
+    Draw(seed=8, fused=True),
 )
 #: What the default draws count as at least, of a model with 2 layers: enough for the tail of Student's t.
 FEWEST_EFFECTIVE = 12
@@ -111,6 +112,17 @@ def test_draws_say_what_they_are():
         "sums in 2 pieces, attention as loaded, mixed norms, one prefill"
     )
     assert str(Draw(wide=True)).endswith(", fp32 products")
+    assert str(Draw(fused=True)).endswith(", fused activations")
+
+
+def test_fused_activations_are_half_of_the_draws():
+    """The plain runs stay as they are, about half of the others are fused, and all else is drawn as ever."""
+    kernels = ("sdpa", "eager")
+    drawn = replicas.draw(200, 5, kernels, fused=True)
+    assert not drawn[0].fused
+    assert not drawn[1].fused
+    assert 70 < sum(each.fused for each in drawn) < 130
+    assert [replace(each, fused=False) for each in drawn] == replicas.draw(200, 5, kernels)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -177,6 +189,41 @@ def test_every_sum_and_norm_is_varied(kind):
             assert patched(model) == expected
     with replicas.applied(model, Draw(seed=1, norms="unfused")):
         assert patched(model) == sums | norms
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_activations_round_once(kind):
+    """Fused, the part of the MLP between its matrices is that of float32, rounded once; in float32 nothing changes."""
+    model = random_model(kind, dtype="bfloat16")
+    block = (model.model.layers if kind == "llama" else model.transformer.h)[0].mlp
+    inputs = 3 * torch.randn(50, 36, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def middle(x):
+        if kind == "llama":
+            return block.act_fn(block.gate_proj(x).float()) * block.up_proj(x).float()
+        return (block.gelu_impl if kind == "bloom" else block.act)(x.float())
+
+    seen = []
+    last = {"llama": "down_proj", "bloom": "dense_4h_to_h", "gpt2": "c_proj"}[kind]
+    with torch.no_grad():
+        hook = getattr(block, last).register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+        arguments = (inputs, torch.zeros_like(inputs)) if kind == "bloom" else (inputs,)
+        block(*arguments)
+        with replicas.applied(model, Draw(fused=True)):
+            block(*arguments)
+        hook.remove()
+        source = inputs if kind == "llama" else getattr(block, "dense_h_to_4h" if kind == "bloom" else "c_fc")(inputs)
+        expected = middle(source)
+    plain, fused = seen
+    assert torch.equal(fused, expected.bfloat16())
+    assert not torch.equal(plain, fused)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_activations_leave_float32_alone(models, kind):
+    """In float32 a fused activation gives the same bits."""
+    with opened(models, kind, "float32") as engine:
+        assert largest_difference(logits(engine, Draw()), logits(engine, Draw(fused=True))) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

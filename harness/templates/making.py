@@ -311,7 +311,8 @@ def _replicas(work: _Work, model: Path, precision: str, centre: Float64, progres
 
     def shown(engine: hf.HFEngine) -> Iterator[Float32]:
         kernels, wide = kernels_of(engine.model), precision == "float16"
-        for variant in draw(_ATTEMPTS * floor.replicas, 0, kernels, wide=wide):
+        # A golden's replicas leave activations as they are. Along the template of another activation that matters.
+        for variant in draw(_ATTEMPTS * floor.replicas, 0, kernels, wide=wide, fused=True):
             with applied(engine.model, variant):
                 error = ((work.shown(engine, variant.chunk) - centre) / sigma).astype(np.float32)
             if np.isfinite(error).all():
