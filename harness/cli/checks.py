@@ -114,8 +114,8 @@ def check(
     _check_specs(candidates)
     reports = _Reports(json=json, junit=junit, markdown=markdown)
     from harness import flow
-    from harness.report.certificate import unseen_lines
     from harness.report.terminal import verdict_to_text
+    from harness.report.unseen import unseen_lines
     from harness.traces import load_trace
     from harness.verdict import exit_code
 

@@ -1,14 +1,11 @@
-"""The sensitivity certificate as text and as JSON, and the line of a verdict that refers to one beside its golden."""
+"""The sensitivity certificate as text and as JSON."""
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.numerics.constants import CATCH
@@ -16,162 +13,16 @@ from harness.report.characters import one_line
 
 if TYPE_CHECKING:
     from harness.power.certificate import Bug, Certificate, Column
-    from harness.values import Answer, Verdict
+    from harness.power.certificate.suggestions import Suggestion
 
 #: Its name beside golden.json.
 NAME = "certificate.json"
 VERSION = 1
+#: How bugs are seen, as they are counted.
+SEEN = ("size", "tried", "name", "not")
 
-_GOLDEN = "golden.json"
-_LARGEST, _LARGEST_GOLDEN = 4 * 2**20, 64 * 2**20
 _WIDTH, _FIRST = 120, 20
-_SEEN = ("size", "tried", "name", "not")
 _SHORT = ("float32", "bfloat16")
-#: Multiples of the tokens beyond this are told of a bug, and suggested to nobody.
-_SENSIBLE = 2**10
-
-#: What a bug needs that is not there, in words; {longest} and {lengths} are the certificate's.
-NEEDS: Mapping[str, str] = {
-    "batch": "a run that puts two prompts or more into one batch",
-    "padding": "prompts of unequal length in one batch (a run with a batch_size takes them in order)",
-    "single": "a run with batch_size = 1",
-    "decode": 'a run with the view "replay"',
-    "prefill": 'a run with the view "prefill"',
-    "free": 'a run with the view "generate"',
-    "second": 'a run with order = "A-B-A"',
-    "long": "longer prompts (the longest sequence has {longest} tokens{lengths})",
-    "chunk": "a prompt that is longer than one piece",
-    "eos": 'stop = "eos", with prompts whose texts end at different steps',
-    "text": "prompts that are text, and a tokenizer",
-    "half": "a floor for 16 bits, and a candidate judged in them as shipped",
-    "float32": "a floor for float32, and a candidate that computes in it",
-    "bfloat16": "a floor for bfloat16, and a candidate judged in it as shipped",
-    "float16": "a floor for float16, and a candidate judged in it as shipped",
-}
-#: Needs that no suite can meet.
-BEYOND: Mapping[str, str] = {"penalties": "greedy goldens ask for no penalties and no stop strings"}
-#: Needs that another precision of the same golden meets.
-_PRECISIONS = frozenset({"half", "float32", "bfloat16", "float16"})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Suggestion:
-    """Something to add, and the bugs that it would show.
-
-    Attributes:
-        what: in words.
-        precisions: in which they are not seen; empty for all.
-        ids: of the bugs.
-    """
-
-    what: str
-    precisions: tuple[str, ...]
-    ids: tuple[str, ...]
-
-
-# --- counts and suggestions --------------------------------------------------------------------
-
-
-def counts_of(bugs: Iterable[Bug], precision: str) -> dict[str, int]:
-    """How many bugs are seen in which way, with "of" for all."""
-    found = Counter[str](bug.sights[precision].seen for bug in bugs)
-    return {**{name: found[name] for name in _SEEN}, "of": sum(found.values())}
-
-
-def suggestions(certificate: Certificate) -> list[Suggestion]:
-    """What to add to see more: what is there already first, then what suites lack, then more tokens."""
-    names = [column.precision for column in certificate.columns]
-    found = [
-        *_by_name(certificate, names),
-        *_elsewhere(certificate, names),
-        *_needed(certificate, names),
-        *_more_tokens(certificate, names),
-    ]
-    merged: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
-    for one in found:
-        merged[one.what, one.ids] = (*merged.get((one.what, one.ids), ()), *one.precisions)
-    return [Suggestion(what=what, precisions=precisions, ids=ids) for (what, ids), precisions in merged.items()]
-
-
-def unexplained(certificate: Certificate) -> list[str]:
-    """Bugs that no precision sees, and of which no suggestion and nothing beyond reach is known."""
-    told = {name for one in suggestions(certificate) for name in one.ids}
-    beyond = {bug.id for bug in certificate.bugs for sight in bug.sights.values() if set(sight.needs) & set(BEYOND)}
-    unseen = [bug.id for bug in certificate.bugs if all(sight.seen == "not" for sight in bug.sights.values())]
-    return [name for name in unseen if name not in told | beyond]
-
-
-def _by_name(certificate: Certificate, names: Sequence[str]) -> Iterator[Suggestion]:
-    for name in names:
-        if ids := tuple(bug.id for bug in certificate.bugs if bug.sights[name].seen == "name"):
-            yield Suggestion(what="check with --diagnose", precisions=(name,), ids=ids)
-
-
-def _elsewhere(certificate: Certificate, names: Sequence[str]) -> Iterator[Suggestion]:
-    """What one precision does not see and another of the golden does."""
-    for name in names:
-        by_other: dict[str, list[str]] = defaultdict(list)
-        for bug in certificate.bugs:
-            if bug.sights[name].seen == "not":
-                other = next((one for one in names if bug.sights[one].seen != "not"), None)
-                by_other[other or ""].append(bug.id)
-        for other, ids in by_other.items():
-            if other == "float32":
-                what = "judge the function too: an engine whose copy can be widened to float32, or a float32 candidate"
-                yield Suggestion(what=what, precisions=(name,), ids=tuple(ids))
-            elif other:
-                what = f"judge a candidate in {other} as shipped too"
-                yield Suggestion(what=what, precisions=(name,), ids=tuple(ids))
-
-
-def _needed(certificate: Certificate, names: Sequence[str]) -> Iterator[Suggestion]:
-    """What the suite lacks, for bugs that no precision sees."""
-    by_needs: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for bug in certificate.bugs:
-        unseen = [bug.sights[name] for name in names if bug.sights[name].seen == "not"]
-        if len(unseen) < len(names):
-            continue
-        # A precision that the golden has, and in which the bug is not seen for another reason, says that reason.
-        needs = [one.needs for one in unseen if one.needs and not _met(one.needs, names)]
-        for one in dict.fromkeys(needs):
-            by_needs[one].append(bug.id)
-    for lacking, ids in by_needs.items():
-        if not set(lacking) & set(BEYOND):
-            words = " and ".join(needs_words(certificate, need) for need in lacking)
-            yield Suggestion(what=f"add {words}", precisions=(), ids=tuple(ids))
-
-
-def _met(needs: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether all that is needed is a precision that the golden has."""
-    have = {*names, *({"half"} if {"bfloat16", "float16"} & set(names) else set())}
-    return set(needs) <= _PRECISIONS & have
-
-
-def needs_words(certificate: Certificate, need: str) -> str:
-    """One need with the certificate's own lengths."""
-    words = NEEDS[need]
-    told = "".join(f", {name.replace('_', ' ')} {value}" for name, value in certificate.landmarks.items())
-    return words.format(longest=certificate.longest, lengths=told) if need == "long" else words
-
-
-def _more_tokens(certificate: Certificate, names: Sequence[str]) -> Iterator[Suggestion]:
-    """Multiples of the tokens, rounded up to powers of two, with what --diagnose would name from there on."""
-    for name in names:
-        by_power: dict[int, list[str]] = defaultdict(list)
-        for bug in certificate.bugs:
-            tokens = bug.sights[name].tokens
-            if tokens is not None and tokens <= _SENSIBLE:
-                by_power[max(1, math.ceil(math.log2(tokens)))].append(bug.id)
-        for power, ids in sorted(by_power.items()):
-            rows = count_words(certificate.rows * 2**power)
-            what = f"{2**power} x the tokens (about {rows} positions), with --diagnose"
-            yield Suggestion(what=what, precisions=(name,), ids=tuple(ids))
-
-
-def count_words(value: float) -> str:
-    """A positive number with two significant digits and no exponent: "1.9", "270", "1,400,000"."""
-    rounded = float(f"{value:.1e}")
-    return f"{rounded:,.{max(0, 1 - math.floor(math.log10(rounded)))}f}"
 
 
 # --- text --------------------------------------------------------------------------------------
@@ -179,6 +30,8 @@ def count_words(value: float) -> str:
 
 def certificate_to_text(certificate: Certificate) -> str:
     """The whole certificate, plain text of 120 columns without a final newline."""
+    from harness.power.certificate.suggestions import suggestions
+
     lines = [_headline(certificate), *_legend(certificate)]
     lines += ["", *_table(certificate)]
     lines += ["", *_wrapped(_limits(certificate))]
@@ -194,6 +47,8 @@ def certificate_to_text(certificate: Certificate) -> str:
 
 def certificate_summary(certificate: Certificate) -> str:
     """A line for each precision, for `harness record`."""
+    from harness.power.certificate.suggestions import counts_of
+
     lines = []
     for column in certificate.columns:
         counts = counts_of(certificate.bugs, column.precision)
@@ -239,10 +94,12 @@ def _table(certificate: Certificate) -> Iterator[str]:
 
 
 def _row(name: str, bugs: Sequence[Bug], columns: Sequence[str]) -> str:
+    from harness.power.certificate.suggestions import counts_of
+
     cells = []
     for column in columns:
         counts = counts_of(bugs, column)
-        size, tried, named, unseen, total = (counts[key] for key in (*_SEEN, "of"))
+        size, tried, named, unseen, total = (counts[key] for key in (*SEEN, "of"))
         cells.append(f"{size:>4} {tried:>5} {named:>4} {unseen:>4} {total:>3}   ")
     return f"{name:<{_FIRST}}" + "".join(cells).rstrip()
 
@@ -286,6 +143,8 @@ def _suggestion_words(one: Suggestion) -> str:
 
 
 def _aside(certificate: Certificate) -> Iterator[str]:
+    from harness.power.certificate.suggestions import BEYOND, unexplained
+
     by_options: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for bug in certificate.bugs:
         if bug.options and any(sight.seen != "not" for sight in bug.sights.values()):
@@ -314,11 +173,19 @@ def _wrapped(lines: Iterable[str]) -> Iterator[str]:
         yield from textwrap.wrap(line, _WIDTH, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
 
 
+def count_words(value: float) -> str:
+    """A positive number with two significant digits and no exponent: "1.9", "270", "1,400,000"."""
+    rounded = float(f"{value:.1e}")
+    return f"{rounded:,.{max(0, 1 - math.floor(math.log10(rounded)))}f}"
+
+
 # --- JSON --------------------------------------------------------------------------------------
 
 
 def certificate_to_dict(certificate: Certificate) -> dict[str, Any]:
     """Plain JSON types; what is not finite becomes null."""
+    from harness.power.certificate.suggestions import counts_of, suggestions
+
     plain = ("golden", "digest", "model", "model_type", "suite", "run", "prompts", "rows", "longest", "seconds", "size")
     return {
         "version": VERSION,
@@ -371,80 +238,3 @@ def _bug(bug: Bug) -> dict[str, Any]:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-# --- beside a golden ---------------------------------------------------------------------------
-
-
-def golden_digest(directory: Path) -> str | None:
-    """The digest that a golden's JSON carries; None where there is none to be read."""
-    try:
-        document = _loaded(directory / _GOLDEN, _LARGEST_GOLDEN)
-    except (OSError, ValueError, RecursionError):
-        return None
-    found = document.get("digest") if isinstance(document, dict) else None
-    return found if isinstance(found, str) and found else None
-
-
-def unseen_lines(directory: Path, verdict: Verdict) -> list[str]:
-    """What a verdict says of the certificate beside its golden; empty where there is none, or nothing was compared.
-
-    The file may be another's: nothing of it is shown but numbers.
-    """
-    path = directory / NAME
-    if not path.is_file() or not any(answer.power for answer in verdict.answers):
-        return []
-    again = f"make it again with harness record --update --certificate --out {directory}"
-    try:
-        digest, counts = _read(path)
-    except (OSError, ValueError, RecursionError):
-        return [one_line(f"not seen: {path} cannot be read; {again}")]
-    if digest != golden_digest(directory):
-        return [one_line(f"not seen: {path} is out of date, the golden is another by now; {again}")]
-    told = [words for answer in verdict.answers if (words := _counted(answer, counts))]
-    return [one_line(f"not seen: {', '.join(told)}; see {path}")] if told else []
-
-
-def _counted(answer: Answer, counts: Mapping[str, Mapping[str, int]]) -> str:
-    """How many bugs one answer could not see; empty for a precision that the certificate lacks."""
-    power = answer.power
-    if power is None or power.level == "nothing" or power.precision not in counts:
-        return ""
-    found = counts[power.precision]
-    named = 0 if answer.diagnosis is not None else found["name"]
-    # The certificate is of logits: who shows less sees less.
-    least = "" if power.level == "logits" else "at least "
-    told = f"{least}{found['not'] + named} of {found['of']} bugs of the catalogue in {power.precision}"
-    return told + (f" ({found['not']} with --diagnose)" if named else "")
-
-
-def _read(path: Path) -> tuple[str, dict[str, dict[str, int]]]:
-    """Digest and counts by precision.
-
-    Raises:
-        OSError, ValueError, RecursionError: for what is no certificate.
-    """
-    document = _loaded(path, _LARGEST)
-    if not isinstance(document, dict) or document.get("version") != VERSION:
-        raise ValueError("no certificate of this version")
-    digest, rows = document.get("digest"), document.get("precisions")
-    if not isinstance(digest, str) or not isinstance(rows, list):
-        raise ValueError("no digest or no precisions")
-    counts: dict[str, dict[str, int]] = {}
-    for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("precision"), str):
-            raise ValueError("a precision without a name")
-        numbers = {key: row.get(key) for key in (*_SEEN, "of")}
-        known = {key: value for key, value in numbers.items() if type(value) is int and value >= 0}
-        if len(known) < len(numbers):
-            raise ValueError("a count that is no number")
-        counts[row["precision"]] = known
-    return digest, counts
-
-
-def _loaded(path: Path, largest: int) -> Any:
-    with path.open("rb") as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise ValueError(f"larger than {largest // 2**20} MiB")
-    return json.loads(content)

@@ -39,7 +39,8 @@ from harness.power.certificate.weights import (
     units_of,
     weigh,
 )
-from harness.report.certificate import NAME, certificate_to_dict, golden_digest
+from harness.report.certificate import NAME, certificate_to_dict
+from harness.report.unseen import golden_digest
 from harness.templates import caching, making
 from harness.templates.fitting import filter_of
 from harness.values import Golden, Templates, Verdict

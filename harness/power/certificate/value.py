@@ -22,7 +22,7 @@ class Sight:
         z: expected of its template; None without one.
         weakest: the smallest strength of its knob that is still seen; None where none is.
         tokens: where it has a template and is not seen, the multiple of the suite's tokens from which it is named.
-        needs: what is lacking for it to do anything here, words of NEEDS in report/certificate.py.
+        needs: what is lacking for it to do anything here, words of NEEDS in suggestions.py.
         why: what was found, in words, where there is no template.
     """
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.power import certificate, drawn
-from harness.report.certificate import NAME, golden_digest
+from harness.report.certificate import NAME
+from harness.report.unseen import golden_digest
 from tests.commands import refused, runner
 from tests.templates import tiny
 

@@ -10,7 +10,8 @@ import pytest
 
 from harness.errors import ModelError, UsageError
 from harness.power.certificate import making
-from harness.report.certificate import NAME, golden_digest, unseen_lines
+from harness.report.certificate import NAME
+from harness.report.unseen import golden_digest, unseen_lines
 from harness.templates.making import bugs_for
 from harness.values import Status
 from tests.templates import tiny

@@ -9,7 +9,7 @@ import pytest
 from harness.mutations.catalogue import CATALOGUE
 from harness.power import drawn
 from harness.power.certificate import needs
-from harness.report.certificate import BEYOND, NEEDS
+from harness.power.certificate.suggestions import BEYOND, NEEDS
 from tests.power.certificate.made_up import BATCH, FREE, ORDER, PREFILL, SINGLE, bug
 from tests.templates import tiny
 
