@@ -29,6 +29,7 @@ SHORTER = (
     ("golden/bloom-tiny/core", "golden/bloom-tiny/headline"),
     (",static_cache=true,compile=true", ",static_cache=true"),
     (",show=tokens ", ",show=top "),  # tokens alone say too little about the one prompt of the shorter suite
+    ("--names --nulls 3000 --jobs 2", "--names --quick --only wc-tie-overwrites-head --host llama-untied"),
     ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),
     ("power --nulls 3000 --jobs 2", "power --nulls 1 --minutes 0.2"),
     ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),

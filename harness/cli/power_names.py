@@ -9,6 +9,7 @@ from typing import Protocol
 import click
 
 from harness.cli.output import progress_bar, write_json
+from harness.errors import UsageError
 
 
 class Again(Protocol):
@@ -39,6 +40,8 @@ def name_bugs(
     asked = naming.planned_bugs(places, only, quick=quick)
     if nulls is not None:
         asked += naming.planned_nulls(nulls, places, only)
+    if not asked:
+        raise UsageError("none of these is put into any of these hosts", fix="Name other hosts, or leave them out")
     keys = {blank.key for blank in asked}
 
     def done() -> list[naming.Naming]:

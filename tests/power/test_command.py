@@ -36,6 +36,7 @@ def harness(monkeypatch, capsys, tmp_path):
         (("--names", "--groups", 2), "--groups is of --spreads and of the bugs"),
         (("--names", "--plot", "x.svg"), "are of the bugs"),
         (("--names", "--only", "nope"), "there is no bug, pair or correct implementation 'nope'"),
+        (("--names", "--only", "na-gelu", "--host", "llama-tiny"), "none of these is put into any"),
         (("--spreads",), "--spreads needs a number of --groups"),
         (("--nulls", 5, "--groups", 2), "--groups is of --spreads and of the bugs"),
         (("--summary", "--groups", 2), "--groups is of --spreads and of the bugs"),
