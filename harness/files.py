@@ -14,9 +14,13 @@ from typing import Any
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """One writer at a time: two would leave one's JSON beside the other's arrays."""
-    handle = os.open(directory, os.O_RDONLY)
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; another waits.
+
+    Args:
+        path: a directory, or a lock file, which is made where it is not there.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -88,7 +88,8 @@ def fit(context: Context, bank: Templates) -> tuple[Fitted | None, str]:
     prompt = context.golden.rows.request[bank.place]
     projector = Projector.of(bank, prompt, sigma, noise.whiten)
     rows = np.isin(bank.view, views)
-    whole = sums_of(projector, noise, error / sigma[:, None], views)
+    error /= sigma[:, None]
+    whole = sums_of(projector, noise, error, views)
     sums = part_of(whole, slice(len(bank.names)))
     one = filter_of(bank, noise, views)
     limit = one.limit(ALPHA_TEMPLATES)
@@ -98,7 +99,7 @@ def fit(context: Context, bank: Templates) -> tuple[Fitted | None, str]:
         projector=projector,
         views=views,
         rows=rows,
-        error=error / sigma[:, None],
+        error=error,
         sums=sums,
         all_sums=whole,
         filter=one,

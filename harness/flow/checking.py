@@ -68,13 +68,16 @@ def check(
     name = candidate.engine if isinstance(candidate, Trace) else name_of(candidate)
     refused = partial(failed, golden=golden.name, candidate=name)
     try:
+        # Read once: the whole checkpoint is hashed for it. A trace needs it for templates alone.
+        needed = diagnose or not isinstance(candidate, Trace)
+        directory = reference_directory(golden, reference) if needed else None
         # Before the engine is opened, whose settings are not for the reference.
-        bank = templates(golden, reference_directory(golden, reference), progress) if diagnose else None
+        bank = templates(golden, directory, progress) if diagnose else None
         if isinstance(candidate, Trace):
             trace = candidate
         else:
             basis = None if bank is None else bank.basis
-            with engine_of(candidate, reference_directory(golden, reference)) as engine:
+            with engine_of(candidate, directory) as engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
         verdict = _judged(golden, trace, quick, reference, spreads, bank, progress)

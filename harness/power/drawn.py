@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import checkpoint, flow, store, suites
 from harness.errors import GoldenError
+from harness.files import locked
 from harness.models import grammar
 from harness.models.recipes import RECIPES
 from harness.numerics.constants import EFFECT, REPLICAS
@@ -125,7 +124,8 @@ def recorded(
 ) -> Golden:
     """The golden of a model and suite in ``out``, made where it is missing, damaged, or of something else."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.parent / f"{out.name}.lock"):
+    # Shards of one run need the same goldens.
+    with locked(out.parent / f"{out.name}.lock"):
         try:
             golden = store.read_golden(out)
         except GoldenError:
@@ -142,11 +142,3 @@ def recorded(
                 progress=progress,
             )
     return golden
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time: shards of one run need the same goldens."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -37,6 +37,7 @@ from harness.power.opening import opened, part_missing, spec_text
 from harness.power.trial import QUICK
 from harness.power.trials import known, suite_for
 from harness.templates import caching, making
+from harness.templates.fitting import change_of
 from harness.values import Diagnosis, Golden, Status, Suite, Templates, Trace, overall
 
 NAME = "names"
@@ -431,7 +432,5 @@ def _signal(blank: Naming, golden: Golden, bank: Templates) -> float | None:
     if key not in bank.names or blank.precision not in golden.floors:
         return None
     index = bank.names.index(key)
-    framed = bank.codes[index].astype(np.float64) * bank.scales[index].astype(np.float64)[:, None]
-    changed = np.linalg.solve(bank.frame, framed.T).T
     sigma = golden.floors[blank.precision].sigma[bank.place].astype(np.float64)
-    return float(np.sqrt((changed**2).sum() / (sigma**2).sum()))
+    return float(np.sqrt((change_of(bank, index) ** 2).sum() / (sigma**2).sum()))

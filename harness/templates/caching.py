@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import harness.mutations
 import harness.templates
 from harness import replicas
 from harness.errors import UsageError, first_line
-from harness.files import replace_file
+from harness.files import locked, replace_file
 from harness.numerics import constants, matched
 from harness.templates import making
 from harness.values import Golden, TemplateNoise, Templates, work_digest
@@ -58,8 +56,8 @@ def templates_of(
     except OSError as error:
         problem = f"templates cannot be kept in {place} ({first_line(error)})"
         raise UsageError(problem, fix="Set HARNESS_CACHE to a directory that you may write") from None
-    path = place / f"{key_of(golden, places=places)}.safetensors"
-    with _locked(place / f"{path.stem}.lock"):
+    path = _path(golden, place, places=places)
+    with locked(place / f"{path.stem}.lock"):
         found = read(path)
         if found is None:
             found = making.make(golden, model, progress, places=places)
@@ -67,12 +65,8 @@ def templates_of(
     return found
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time: another that needs the same templates waits for them."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _path(golden: Golden, place: Path, *, places: bool = True) -> Path:
+    return place / f"{key_of(golden, places=places)}.safetensors"
 
 
 def key_of(golden: Golden, *, places: bool = True) -> str:
@@ -183,5 +177,5 @@ def _bank(words: dict[str, Any], arrays: Arrays) -> Templates:
 
 def size_of(golden: Golden) -> int:
     """Bytes of a golden's templates on disk; 0 where there are none."""
-    path = directory() / f"{key_of(golden)}.safetensors"
+    path = _path(golden, directory())
     return path.stat().st_size if path.is_file() else 0

@@ -17,6 +17,16 @@ from harness.values import TemplateNoise, Templates
 Float64 = NDArray[np.float64]
 
 
+def change_of(bank: Templates, index: int) -> Float64:
+    """What one template changes in the coordinates of the logits, [M, R]."""
+    return np.asarray(_framed(bank, index) @ np.linalg.inv(bank.frame), dtype=np.float64)
+
+
+def _framed(bank: Templates, index: int) -> Float64:
+    framed: Float64 = bank.codes[index].astype(np.float64) * bank.scales[index].astype(np.float64)[:, None]
+    return framed
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projector:
     """Templates beside the round-off of one precision.
@@ -59,8 +69,7 @@ class Projector:
 
     def template(self, index: int) -> Float64:
         """One template in units of round-off, whitened, [M, R]."""
-        framed = self.bank.codes[index].astype(np.float64) * self.bank.scales[index].astype(np.float64)[:, None]
-        found: Float64 = (framed @ self.from_frame) / self.sigma[:, None]
+        found: Float64 = (_framed(self.bank, index) @ self.from_frame) / self.sigma[:, None]
         return found
 
     @property

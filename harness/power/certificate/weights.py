@@ -16,6 +16,7 @@ from harness.numerics import bounds, metrics, statistics
 from harness.numerics.bounds import Bound
 from harness.numerics.constants import BUCKETS, CATCH
 from harness.power.certificate.value import Seen, Sight
+from harness.templates.fitting import change_of
 from harness.values import Golden, Statistic, Templates
 
 Float64 = NDArray[np.float64]
@@ -166,8 +167,6 @@ def sight_of_templates(weights: Mapping[float, Weight]) -> Sight:
 def squares_of(bank: Templates) -> Float64:
     """What each bug's template changes in each row's logits, squared, [T, M]."""
     found = np.zeros((len(bank.names), len(bank.view)))
-    back = np.linalg.inv(bank.frame)
     for index in range(len(bank.names)):
-        changed = (bank.codes[index].astype(np.float64) @ back) * bank.scales[index].astype(np.float64)[:, None]
-        found[index] = (changed**2).sum(axis=1)
+        found[index] = (change_of(bank, index) ** 2).sum(axis=1)
     return found
