@@ -8,10 +8,12 @@ class HarnessError(Exception):
 
     exit_code = 2
 
-    def __init__(self, problem: str, *, fix: str) -> None:
+    def __init__(self, problem: str, *, fix: str, details: str = "") -> None:
         super().__init__(f"{_one_line(problem)}. {_one_line(fix)}")
         self.problem = problem
         self.fix = fix
+        #: Lines that follow, such as the traceback of another process; "" for none.
+        self.details = details
 
 
 class UsageError(HarnessError):

@@ -35,9 +35,15 @@ def judge(
     )
 
 
-def failed(status: Status, message: str, *, golden: str, candidate: str, fix: str, check: str) -> Verdict:
-    """A verdict for work that never came to a comparison: a stale golden, an engine that failed."""
-    finding = Finding(status=status, check=check, message=message, fix=fix)
+def failed(
+    status: Status, message: str, *, golden: str, candidate: str, fix: str, check: str, details: str = ""
+) -> Verdict:
+    """A verdict for work that never came to a comparison: a stale golden, an engine that failed.
+
+    ``details`` are lines that follow, such as a traceback.
+    """
+    told = f"{message}\n{details}" if details else message
+    finding = Finding(status=status, check=check, message=told, fix=fix)
     return Verdict(golden=golden, candidate=candidate, status=status, findings=(finding,))
 
 

@@ -39,7 +39,19 @@ __all__ = ["FUNCTION_VIEWS", "Comparison", "Spreads", "compare", "diverged"]
 FUNCTION_VIEWS: tuple[View, ...] = ("replay", "prefill")
 
 #: Settings in which the widened copy must equal the candidate: whatever else differs, it is another program.
-_SAME = ("model", "attn", "compile", "batch", "threads", "device", "parameters", "chunk", "tensor_parallel")
+_SAME = (
+    "model",
+    "attn",
+    "compile",
+    "batch",
+    "threads",
+    "device",
+    "parameters",
+    "chunk",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "micro_batches",
+)
 
 
 def compare(

@@ -8,6 +8,7 @@ from itertools import combinations, zip_longest
 
 import numpy as np
 
+from harness.comparison import ranks
 from harness.comparison.context import pass_name, request_name
 from harness.engines.runner import planned
 from harness.values import (
@@ -38,7 +39,7 @@ def check(
     found = list(_suite(golden, trace))
     if found:
         return found  # it answers other questions
-    found = [*_settings(trace), *_vocabulary(golden, trace)]
+    found = [*_settings(trace), *ranks.check(trace), *_vocabulary(golden, trace)]
     if any(one.check == "vocabulary" for one in found):
         return found  # nothing was run
     found += [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from harness.engines import hf, target
 from harness.engines.base import Engine
+from harness.engines.ranks import engine as ranks
 from harness.engines.spec import Spec, parse_spec, suggest
 from harness.errors import UsageError
 
@@ -38,6 +39,16 @@ ENGINES: Mapping[str, Entry] = {
         build=target.build,
         summary="a port of yours: whatever a function of a Python module returns, py:MODULE:FUNCTION",
         packages=("torch",),
+    ),
+    "tp": Entry(
+        build=ranks.build,
+        summary="a transformers model with every layer cut into shards, one a process: tp:size=2",
+        packages=("torch", "transformers", "safetensors", "accelerate"),
+    ),
+    "pp": Entry(
+        build=ranks.build,
+        summary="a transformers model with its blocks cut into stages, one a process: pp:stages=2; with size=2 both",
+        packages=("torch", "transformers", "safetensors"),
     ),
 }
 

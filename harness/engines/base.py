@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,12 +28,14 @@ class Engine(ABC):
         declared: what that name promises, compared with ``settings``.
         capabilities: a subset of CAPABILITIES.
         limits: what it cannot show of itself, in words that the verdict repeats.
+        progress: called with a few words while the engine works, where it takes its time.
     """
 
     spec: str
     declared: Mapping[str, Any]
     capabilities: frozenset[str]
     limits: tuple[str, ...] = ()
+    progress: Callable[[str], None] = staticmethod(lambda _text: None)
 
     @abstractmethod
     def __enter__(self) -> Self:

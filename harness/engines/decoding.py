@@ -35,9 +35,16 @@ class Step(Protocol):
     ) -> torch.Tensor: ...
 
 
+def _best_of(logits_BV: torch.Tensor) -> list[int]:
+    """The greedy choice of each row."""
+    return [int(token) for token in logits_BV.argmax(dim=-1).tolist()]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
     """A step function with what the loops need to know about it.
+
+    ``choose`` takes the tokens of a step from its logits [B, V]; a rank without logits is told them there.
 
     ``new_cache(batch, length)`` makes an empty KV cache for ``length`` tokens; None where the step
     keeps no cache, and only ``teacher_forced`` can be used. ``prefill_tokens`` bounds a planned batch of
@@ -49,6 +56,7 @@ class Decoder:
     pad_id: int
     device: str
     prefill_tokens: int = 2**20
+    choose: Callable[[torch.Tensor], list[int]] = _best_of
 
 
 def recomputing(decoder: Decoder) -> Decoder:
@@ -253,7 +261,7 @@ def _decode(
         logits_BV = decoder.step(input_BT, position_BT, mask_BS, cache, 1)[:, -1]
         observe(step, logits_BV)
         if forced is None:
-            chosen = logits_BV.argmax(dim=-1).tolist()
+            chosen = decoder.choose(logits_BV)
         else:
             chosen = [ids[step] if step < len(ids) else decoder.pad_id for ids in forced]
         for row, token in enumerate(chosen):

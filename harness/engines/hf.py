@@ -221,15 +221,21 @@ class HFEngine(Engine):
         self._weights = scheme if changed else None
         return model
 
-    def _from_pretrained(self, source: str, dtype: str | None) -> PreTrainedModel:
+    def _load_arguments(self, dtype: str | None) -> dict[str, Any]:
+        """Keywords of `from_pretrained`."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         wanted = "auto" if dtype is None else getattr(torch, dtype)
         arguments: dict[str, Any] = {_dtype_key(): wanted, "use_safetensors": True, "output_loading_info": True}
         if self.options.attn is not None:
             arguments["attn_implementation"] = self.options.attn
-        with _model_errors(source):
+        return arguments
+
+    def _from_pretrained(self, source: str, dtype: str | None, **more: Any) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        arguments = {**self._load_arguments(dtype), **more}
+        with model_errors(source):
             pair: Any = AutoModelForCausalLM.from_pretrained(
                 source, trust_remote_code=self.options.trust_remote_code, **arguments
             )
@@ -460,6 +466,20 @@ class HFEngine(Engine):
         cache: Any,
         keep: int,
     ) -> torch.Tensor:
+        with self._lift():
+            arguments = self._arguments(input_ids_BT, position_ids_BT, attention_mask_BS, cache, keep)
+            logits_BTV: torch.Tensor = self._forward(**arguments).logits
+        return logits_BTV
+
+    def _arguments(
+        self,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        attention_mask_BS: torch.Tensor,
+        cache: Any,
+        keep: int,
+    ) -> dict[str, Any]:
+        """Keywords of the model's forward."""
         import torch
 
         if self._cache_class == "StaticCache" and cache is not None:
@@ -477,9 +497,7 @@ class HFEngine(Engine):
             arguments["position_ids"] = position_ids_BT
         if "logits_to_keep" in self._accepts:
             arguments["logits_to_keep"] = keep
-        with self._lift():
-            logits_BTV: torch.Tensor = self._forward(**arguments).logits
-        return logits_BTV
+        return arguments
 
     def _lift(self) -> Any:
         if self.options.dtype != "float64":
@@ -559,7 +577,7 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     must_exist(source)
-    with _model_errors(source):
+    with model_errors(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -574,7 +592,7 @@ def stop_ids_in(source: str) -> frozenset[int]:
 
     generation = None
     if (Path(source) / "generation_config.json").is_file():
-        with _model_errors(source):
+        with model_errors(source):
             generation = GenerationConfig.from_pretrained(source)
     return _stop_ids(load_config(source).get_text_config(), generation)
 
@@ -595,7 +613,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     must_exist(source)
     if not any(directory.glob("tokenizer*")):
         return None
-    with _model_errors(source):
+    with model_errors(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
@@ -614,7 +632,7 @@ def must_exist(source: str) -> None:
 
 
 @contextmanager
-def _model_errors(source: str) -> Iterator[None]:
+def model_errors(source: str) -> Iterator[None]:
     """Turn whatever a loader raises on a bad directory into one clear line.
 
     Loaders of hostile or damaged files raise nearly anything, so every Exception is caught here and only here.

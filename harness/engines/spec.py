@@ -110,6 +110,17 @@ def flag(value: str) -> bool:
     return value == "true"
 
 
+def seconds(value: str) -> float:
+    """A reader for a length of time, up to a day."""
+    try:
+        found = float(value)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 86_400:
+        raise ValueError("a number of seconds, up to 86400")
+    return found
+
+
 def positive(value: str) -> int:
     """A reader for a whole number from 1 to 2^20; larger ones are mistakes that would eat the machine."""
     if not (value.isascii() and value.isdigit() and len(value) <= 7 and 1 <= int(value) <= 2**20):

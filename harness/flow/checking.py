@@ -14,6 +14,7 @@ from harness import scorer
 from harness.comparison import Spreads, compare, diverged
 from harness.comparison.context import declared_precision, refuse_wider
 from harness.engines import build_engine, hf
+from harness.engines.ranks.outer import Followed
 from harness.environment import differences
 from harness.errors import EngineError, HarnessError, StaleError
 from harness.flow.blaming import blame
@@ -77,15 +78,17 @@ def check(
             trace = candidate
         else:
             basis = None if bank is None else bank.basis
-            with engine_of(candidate, directory) as engine:
+            engine = engine_of(candidate, directory)
+            engine.progress = progress
+            with engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
         verdict = _judged(golden, trace, quick, reference, spreads, bank, progress)
     except StaleError as error:
         return refused(Status.STALE, error.problem, fix=error.fix, check="model")
     except EngineError as error:
-        return refused(Status.ERROR, error.problem, fix=error.fix, check="engine")
-    except HarnessError:
+        return refused(Status.ERROR, error.problem, fix=error.fix, check="engine", details=error.details)
+    except (HarnessError, Followed):
         raise
     except (Exception, SystemExit) as error:  # a port can raise anything, or exit: a verdict, and not our end
         if os.environ.get("HARNESS_TRACEBACK"):

@@ -133,6 +133,10 @@ class Sketcher:
         words = np.random.Philox(key=_KEY + 1).random_raw(logits_GV.shape[-1]) | np.uint64(1)
         return _array((bits_GV * torch.from_numpy(words.view(np.int64)).to(bits_GV.device)).sum(dim=-1), np.int64)
 
+    def take(self, other: Sketcher) -> None:
+        """Add what another one has condensed, in another process for one."""
+        self._parts += other._parts
+
     def rows(self, requests: Sequence[int] | None = None) -> Rows:
         """All rows added so far, ordered by (request, position).
 

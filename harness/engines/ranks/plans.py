@@ -1,0 +1,178 @@
+"""How the layers of a model are cut for tensor parallelism: transformers' own plan, and ours where it has none.
+
+A plan maps the names of modules to styles of transformers' registry. transformers 5.23 has a plan for Llama and its
+kin, and none for BLOOM and GPT-2; these are below, with what their attention needs to know of its own heads. GPT-2's
+Conv1D keeps its weight as [in, out] and gets styles of its own.
+
+Shape legend: B batch rows, T new tokens, S tokens so far, E inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.engines.ranks.layout import Place
+from harness.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """A tensor's cut: along which dimension, and in how many groups that are cut each by itself (q, k, v in one)."""
+
+    dim: int
+    groups: int = 1
+
+    def of(self, tensor: torch.Tensor, shard: int, size: int) -> torch.Tensor:
+        """The part of a shard: pieces of ``ceil(length / size)``, the last ones shorter, as torch.chunk and DTensor."""
+        import torch
+
+        parts = []
+        for group in tensor.chunk(self.groups, dim=self.dim):
+            pieces = group.chunk(size, dim=self.dim)
+            parts.append(pieces[shard] if shard < len(pieces) else group.narrow(self.dim, 0, 0))
+        return torch.cat(parts, dim=self.dim) if len(parts) > 1 else parts[0]
+
+
+_WHOLE = None
+_OUT, _IN = Cut(dim=0), Cut(dim=1)
+
+#: Style -> the cut of a weight and of a bias; None is whole on every rank.
+STYLES: Mapping[str, tuple[Cut | None, Cut | None]] = {
+    "colwise": (_OUT, _OUT),
+    "colwise_rep": (_OUT, _OUT),
+    "colwise_gather_output": (_OUT, _OUT),
+    "rowwise": (_IN, _WHOLE),
+    "embedding_rowwise": (_OUT, _WHOLE),
+    "embedding_colwise": (_IN, _WHOLE),
+    "conv1d_colwise": (_IN, _OUT),
+    "conv1d_colwise_qkv": (Cut(dim=1, groups=3), Cut(dim=0, groups=3)),
+    "conv1d_rowwise": (_OUT, _WHOLE),
+}
+
+#: Styles whose outputs are summed over the shards.
+SUMMED = frozenset({"rowwise", "conv1d_rowwise"})
+
+_OURS: Mapping[str, Mapping[str, str]] = {
+    "bloom": {
+        "transformer.word_embeddings": "embedding_rowwise",
+        # Rows go by head, each with its q, k and v: whole heads are consecutive rows.
+        "transformer.h.*.self_attention.query_key_value": "colwise",
+        "transformer.h.*.self_attention.dense": "rowwise",
+        "transformer.h.*.mlp.dense_h_to_4h": "colwise",
+        "transformer.h.*.mlp.dense_4h_to_h": "rowwise",
+        "lm_head": "colwise_gather_output",
+    },
+    "gpt2": {
+        "transformer.wte": "embedding_rowwise",
+        "transformer.h.*.attn.c_attn": "conv1d_colwise_qkv",
+        "transformer.h.*.attn.c_proj": "conv1d_rowwise",
+        "transformer.h.*.mlp.c_fc": "conv1d_colwise",
+        "transformer.h.*.mlp.c_proj": "conv1d_rowwise",
+        "lm_head": "colwise_gather_output",
+    },
+}
+
+
+def why_not() -> str:
+    """Why layers cannot be cut here, in words; empty where they can."""
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+    except ImportError:
+        return "transformers is older than 5.20, whose tensor parallelism is another"
+    return "" if "tp_size" in DistributedConfig.__dataclass_fields__ else "transformers knows no tp_size"
+
+
+def distributed(config: Any, size: int) -> Any:
+    """What `from_pretrained` takes as ``distributed_config``, with the plan of this model.
+
+    Raises:
+        UsageError: for a model that neither transformers nor this file has a plan for.
+    """
+    if reason := why_not():
+        raise UsageError(f"tensor parallelism cannot run here: {reason}", fix="pip install -U transformers")
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    kind = config.model_type
+    if kind in _OURS:
+        _register()
+        return DistributedConfig(tp_size=size, tp_plan=dict(_OURS[kind]))
+    if not getattr(config, "base_model_tp_plan", None):
+        raise UsageError(
+            f"there is no tensor-parallel plan for the model type {kind!r}",
+            fix=f"transformers brings plans with its models; this project those of {', '.join(_OURS)}",
+        )
+    return DistributedConfig(tp_size=size)
+
+
+def style_of(model: PreTrainedModel, parameter: str) -> str | None:
+    """The style of the plan that a live model was cut by, for one of its parameters; None where it is whole."""
+    from transformers.distributed.parallel_utils import _get_parameter_plan
+
+    style: str | None = _get_parameter_plan(parameter, model.tp_plan, is_weight=True)
+    return style
+
+
+def cut_of(style: str, parameter: str) -> Cut | None:
+    """The cut of a parameter of a style, None where it is whole.
+
+    Raises:
+        KeyError: for a style that is not in STYLES.
+    """
+    weight, bias = STYLES[style]
+    return bias if parameter.rpartition(".")[2] == "bias" else weight
+
+
+def localise(model: PreTrainedModel, place: Place, size: int) -> None:
+    """Tell attention modules of their own heads, where they count all of the model's."""
+    change = _LOCAL.get(model.config.model_type)
+    if change is not None and size > 1:
+        change(model, place.shard, size)
+
+
+def _localise_bloom(model: Any, shard: int, size: int) -> None:
+    for block in model.transformer.h:
+        attention = block.self_attention
+        attention.num_heads //= size
+        attention.register_forward_pre_hook(_own_slopes(attention.num_heads, shard), with_kwargs=True)
+
+
+def _own_slopes(heads: int, shard: int) -> Callable[..., Any]:
+    """A hook that leaves of all heads' biases, [B * heads of the model, 1, S], those of the rank's own heads.
+
+    The biases are made once for the model, from a mask or without one; both ways end in this argument.
+    """
+
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        alibi, hidden_BTE = kwargs["alibi"], args[0]
+        batch, length = hidden_BTE.shape[0], alibi.shape[-1]
+        own = alibi.view(batch, -1, 1, length)[:, shard * heads : (shard + 1) * heads]
+        return args, {**kwargs, "alibi": own.reshape(batch * heads, 1, length)}
+
+    return hook
+
+
+def _localise_gpt2(model: Any, _shard: int, size: int) -> None:
+    for block in model.transformer.h:
+        block.attn.num_heads //= size
+        block.attn.split_size //= size
+
+
+_LOCAL: Mapping[str, Callable[[Any, int, int], None]] = {"bloom": _localise_bloom, "gpt2": _localise_gpt2}
+
+
+def _register() -> None:
+    """Add the styles of Conv1D to transformers' registry."""
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    if "conv1d_colwise" in ALL_PARALLEL_STYLES:
+        return
+    from harness.engines.ranks import conv1d
+
+    for name, style in conv1d.STYLES.items():
+        ALL_PARALLEL_STYLES.register(name, style)  # type: ignore[arg-type]  # it is typed for functions

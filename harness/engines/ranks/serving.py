@@ -1,0 +1,172 @@
+"""What every rank does with a request, whoever hands it over: open its part, run, show what it has, close."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.engines import hf
+from harness.engines.ranks import evidence
+from harness.engines.ranks.layout import Layout
+from harness.errors import EngineError, UsageError
+from harness.numerics.sketch import Sketcher
+from harness.values import Generation, Request, View
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from harness.engines.ranks.rank import RankEngine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What a rank opens.
+
+    Attributes:
+        options: of the model.
+        text: the SPEC.
+        layout: of all ranks.
+        micro_batches: how many parts a batch goes through the stages in.
+        prepare: MODULE:FUNCTION, called on every rank with its engine once the model is loaded; None for nothing.
+        timeout: seconds that a rank waits for another.
+        meeting: where the ranks meet, a new place each time; what it means is the team's.
+    """
+
+    options: hf.Options
+    text: str
+    layout: Layout
+    micro_batches: int
+    prepare: str | None
+    timeout: float
+    meeting: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """A pass over some requests; ``continuations`` and ``sketcher`` are of the forced views alone."""
+
+    view: View
+    requests: Sequence[Request]
+    continuations: Sequence[Sequence[int]] = ()
+    batch_size: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    sketcher: Sketcher | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """What a rank shows of a pass: continuations or a filled sketcher on the head, checksums on every rank."""
+
+    generations: list[Generation] | None = None
+    sketcher: Sketcher | None = None
+    checksums: tuple[tuple[str, int], ...] = ()
+
+
+class _Unheard(Sketcher):
+    """Takes the logits of a rank that is not asked for them."""
+
+    def add(self, *_arguments: Any, **_keywords: Any) -> None:
+        """Nothing."""
+
+
+class Server:
+    """One rank's side of a team.
+
+    Args:
+        rank: its number.
+        store: makes the store of a setup's meeting.
+        pulse: called with a few words whenever the rank has got somewhere.
+    """
+
+    def __init__(self, rank: int, store: Callable[[Setup], Store], pulse: Callable[[str], None]) -> None:
+        self.rank = rank
+        self._store, self._pulse = store, pulse
+        self._stack, self._wide = ExitStack(), ExitStack()
+        self._engine: RankEngine | None = None
+
+    def answer(self, request: str, *arguments: Any) -> Any:
+        """Do one request; the names are those of the methods below."""
+        return _REQUESTS[request](self, *arguments)
+
+    @property
+    def engine(self) -> RankEngine:
+        """The open part."""
+        if self._engine is None:
+            raise EngineError("this rank has no open engine", fix="Open one first")
+        return self._engine
+
+    def open(self, setup: Setup) -> Mapping[str, Any]:
+        """Load this rank's part; shows its settings."""
+        from harness.engines.ranks.rank import RankEngine
+
+        self.close()
+        layout = setup.layout
+        engine = RankEngine(
+            setup.options,
+            text=setup.text,
+            layout=layout,
+            place=layout.place(self.rank),
+            micro_batches=setup.micro_batches,
+            store=self._store(setup),
+            timeout=setup.timeout,
+            prepare=None if setup.prepare is None else _function(setup.prepare),
+            pulse=self._pulse,
+        )
+        self._engine = self._stack.enter_context(engine)
+        return engine.settings
+
+    def close(self) -> None:
+        """Free the part, and leave the groups."""
+        self._engine = None
+        self._wide.close()
+        self._stack.close()
+
+    def widen(self) -> Mapping[str, Any]:
+        """Compute in float32 with weights and buffers as they are, until `narrow`; shows the settings."""
+        self._wide.enter_context(self.engine.widened())
+        return self.engine.settings
+
+    def narrow(self) -> None:
+        """Compute as loaded again."""
+        self._wide.close()
+
+    def narrow_operation(self) -> str:
+        """As `Engine.narrow_operation`."""
+        return self.engine.narrow_operation()
+
+    def run(self, work: Work) -> Done:
+        """One pass, with every other rank."""
+        engine, head = self.engine, self.rank == self.engine.layout.head
+        with evidence.watched(engine) as sums:
+            if work.view == "generate":
+                found = engine.generate(work.requests, batch_size=work.batch_size, stop_ids=work.stop_ids)
+                return Done(generations=found if head else None, checksums=tuple(sums.shown()))
+            assert work.sketcher is not None
+            sketcher = work.sketcher if head else _Unheard(work.sketcher.vocabulary)
+            forced = engine.replay if work.view == "replay" else engine.prefill
+            forced(work.requests, work.continuations, batch_size=work.batch_size, sketcher=sketcher)
+            return Done(sketcher=sketcher if head else None, checksums=tuple(sums.shown()))
+
+
+_REQUESTS: Mapping[str, Callable[..., Any]] = {
+    "open": Server.open,
+    "close": Server.close,
+    "widen": Server.widen,
+    "narrow": Server.narrow,
+    "narrow_operation": Server.narrow_operation,
+    "run": Server.run,
+}
+
+
+def _function(target: str) -> Callable[..., Any]:
+    name, _, attribute = target.partition(":")
+    function: Any = importlib.import_module(name)
+    for part in attribute.split("."):
+        function = getattr(function, part, None)
+    if not callable(function):
+        raise UsageError(f"there is no function {target!r}", fix="Write prepare=MODULE:FUNCTION")
+    found: Callable[..., Any] = function
+    return found
