@@ -100,12 +100,14 @@ class Filter:
         replicas: of each replica, the sums of <error less the replicas' mean, template>, [K, P, T].
         squares: of each replica, the sums of |error less the replicas' mean|^2, [K, P].
         kinds: templates of one kind are one bug at several strengths, [T].
+        whole: templates of bugs that are there at their own size or not at all, [T]; None for no such.
     """
 
     gram: Float64
     replicas: Float64
     squares: Float64
     kinds: Int64
+    whole: NDArray[np.bool_] | None = None
 
     def of_prompts(self, prompts: Sequence[int]) -> Filter:
         """The same on some of the prompts alone."""
@@ -235,11 +237,15 @@ class Filter:
         """Templates of other classes than ``chosen``, by how much each takes away beside these, best first.
 
         Of each class the best member stands. One whose coefficient lies outside COEFFICIENT is the bug at another
-        strength, and must take away twice as much as one that fits as it is.
+        strength, and must take away twice as much as one that fits as it is; where a bug has no other strength
+        (``whole``) it is not that bug.
         """
         taken = {int(self.classes[index]) for index in chosen}
         gains, coefficients = self._beside(sums, list(chosen))
-        worth = np.where([fits(one) for one in coefficients], 2.0, 1.0) * gains
+        as_it_is = np.array([fits(one) for one in coefficients])
+        worth = np.where(as_it_is, 2.0, 1.0) * gains
+        if self.whole is not None:
+            worth[self.whole & ~as_it_is] = 0.0
         best: dict[int, int] = {}
         # Of members that are alike the one whose strength fits as it is.
         order = sorted(

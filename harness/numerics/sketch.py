@@ -37,11 +37,17 @@ def signs(vocabulary: int, projections: int = PROJECTIONS) -> NDArray[np.float64
     projection that takes out a constant shift, to which the softmax is blind.
     The stream is numpy's Philox, a counter-based generator whose raw output is part of its contract.
     """
-    words = np.random.Philox(key=_KEY).random_raw(-(-projections * vocabulary // 64))
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: projections * vocabulary]
-    matrix = (1.0 - 2.0 * bits.reshape(projections, vocabulary)) / np.sqrt(projections)
+    matrix = plain_signs(vocabulary, projections)
     centred: NDArray[np.float64] = matrix - matrix.mean(axis=1, keepdims=True)
     return centred
+
+
+def plain_signs(width: int, projections: int = PROJECTIONS) -> NDArray[np.float64]:
+    """Random signs over sqrt(J), float64 [J, width]: for what a constant shift matters in."""
+    words = np.random.Philox(key=_KEY).random_raw(-(-projections * width // 64))
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: projections * width]
+    signs_JW: NDArray[np.float64] = (1.0 - 2.0 * bits.reshape(projections, width)) / np.sqrt(projections)
+    return signs_JW
 
 
 class Sketcher:

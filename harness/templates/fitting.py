@@ -6,11 +6,12 @@ Shape legend: V views, M rows of all of them, P prompts, R coordinates, T templa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.mutations.catalogue import CATALOGUE
 from harness.numerics.matched import Filter, Sums
 from harness.values import TemplateNoise, Templates
 
@@ -112,7 +113,15 @@ class Projector:
 
 def filter_of(bank: Templates, noise: TemplateNoise, views: list[int]) -> Filter:
     """The matched filter of the bugs, on the rows of some views."""
-    return _filter(noise, views, slice(len(bank.names)), [name for name, _ in bank.names])
+    names = [name for name, _ in bank.names]
+    # A share of what a rounding does is what any other rounding shares with it: tf32 is in force or it is not.
+    whole = np.array([_is_rounding(name) for name in names], dtype=np.bool_)
+    return replace(_filter(noise, views, slice(len(names)), names), whole=whole)
+
+
+def _is_rounding(name: str) -> bool:
+    bug = CATALOGUE.get(name)
+    return bug is not None and bug.group == "precision"
 
 
 def places_of(bank: Templates, noise: TemplateNoise, views: list[int]) -> Filter:

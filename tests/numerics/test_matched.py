@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -533,6 +533,18 @@ def test_another_strength_is_named_and_does_not_fit(coefficient):
     assert index == 4
     assert found == pytest.approx(coefficient, rel=0.2)
     assert not fits(found)
+
+
+@pytest.mark.parametrize(("coefficient", "seen"), [(1.0, True), (0.6, True), (0.3, False), (4.0, False)])
+def test_a_bug_without_strengths_is_named_at_its_own_size_alone(coefficient, seen):
+    """A share of what a rounding does is another rounding; the bug itself, and one of nearly its size, is named."""
+    world = drawn(size=5.0)
+    error = coefficient * world.templates[2] + world.noise(5)
+    one = world.filter()
+    limit = one.limit(ALPHA_TEMPLATES)
+    assert [match.index for match in one.named(world.sums(error), limit)] == [2]
+    whole = replace(one, whole=np.arange(TEMPLATES) == 2)
+    assert [match.index for match in whole.named(world.sums(error), limit)] == ([2] if seen else [])
 
 
 @pytest.mark.parametrize(
