@@ -11,6 +11,7 @@ Weights are views, never copies: a draw costs time, not memory.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.engines.ranks import plans
 from harness.numerics import metrics
 from harness.numerics.constants import PAIR_TOP, REPLICAS
 from harness.numerics.moments import measure, scale_of, stack
@@ -51,6 +53,8 @@ class Draw:
             drawn places; None draws.
         wide: matrix products of fp16 operands are computed in fp32 and rounded once, as tensor cores do.
             A CPU without fp16 products is several times faster so.
+        ordered: the layers that tensor parallelism of that size cuts along their inputs, and no others, sum their
+            products as its ranks do: one partial product a rank, then the bias.
         fused: activations, and the product of a gated MLP, are computed in fp32 and rounded once, as fused kernels do.
     """
 
@@ -60,6 +64,7 @@ class Draw:
     chunk: int | None = None
     pieces: int | None = None
     wide: bool = False
+    ordered: int | None = None
     fused: bool = False
 
     def __str__(self) -> str:
@@ -68,6 +73,7 @@ class Draw:
             self.attention or "attention as loaded",
             f"{self.norms} norms" if self.norms else "norms as loaded",
             f"prefill by {self.chunk}" if self.chunk else "one prefill",
+            *([f"partial sums of {self.ordered} ranks"] if self.ordered else []),
             *(["fp32 products"] if self.wide else []),
             *(["fused activations"] if self.fused else []),
         ]
@@ -124,9 +130,12 @@ def applied(model: PreTrainedModel, variant: Draw) -> Iterator[None]:
             stack.enter_context(_wide_products())
         if variant.attention is not None:
             model.config._attn_implementation = variant.attention
-        for module in model.modules():
+        summed = plans.summed_layers(model) if variant.ordered is not None else frozenset()
+        for name, module in model.named_modules():
             forward: Callable[..., torch.Tensor] | None = None
-            if variant.seed is not None and isinstance(module, nn.Linear):
+            if variant.ordered is not None and name in summed:
+                forward = _ordered_sum(module, variant.ordered)
+            elif variant.seed is not None and isinstance(module, nn.Linear):
                 forward = _split_linear(module, rng, variant.pieces)
             elif variant.seed is not None and isinstance(module, Conv1D):
                 forward = _split_conv1d(module, rng, variant.pieces)
@@ -204,6 +213,53 @@ def _split_linear(
         return total if early or module.bias is None else total + module.bias
 
     return forward
+
+
+def _ordered_sum(module: torch.nn.Module, ranks: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The partial products of even parts of the inputs, each rounded, summed as gloo's ranks do; then the bias.
+
+    BLOOM's ``slow_but_exact`` for any layer, and with its bias, which that leaves out.
+    """
+    from torch import nn
+
+    by_rows = isinstance(module, nn.Linear)
+    weight = module.get_parameter("weight")
+    bias = None if module.bias is None else module.get_parameter("bias")
+    parts = plans.Cut(dim=1 if by_rows else 0)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        products = []
+        for rank in range(ranks):
+            own = parts.of(weight, rank, ranks)
+            share = plans.Cut(dim=x.ndim - 1).of(x, rank, ranks).contiguous()
+            products.append(nn.functional.linear(share, own.contiguous()) if by_rows else share @ own.contiguous())
+        total = _ring(products)
+        result: torch.Tensor = total if bias is None else total + bias
+        return result
+
+    return forward
+
+
+def _ring(partials: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the ranks' partials, [...] each, as gloo's ring all-reduce rounds it.
+
+    The flat buffer is cut into as many chunks as there are ranks, of whole 8 bytes; the sum of chunk c starts at rank
+    c + 1, goes round, and ends at rank c (measured, with values whose sum tells the order).
+    """
+    import torch
+
+    ranks, flat = len(partials), [one.flatten() for one in partials]
+    each = 8 // flat[0].element_size()
+    share = math.ceil(flat[0].numel() / ranks)
+    size = math.ceil(share / each) * each
+    total = torch.empty_like(flat[0])
+    for chunk in range(ranks):
+        cut = slice(chunk * size, (chunk + 1) * size)
+        part = flat[(chunk + 1) % ranks][cut]
+        for hop in range(2, ranks + 1):
+            part = part + flat[(chunk + hop) % ranks][cut]
+        total[cut] = part
+    return total.view_as(partials[0])
 
 
 def _split_conv1d(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.engines import hf
+from harness.engines import hf, runner
 from harness.engines.spec import parse_spec
 from harness.numerics import metrics, quantise
 from harness.numerics.sketch import Sketcher
-from harness.values import Centre, Generation, Golden, Request, Rows
+from harness.values import Centre, Generation, Golden, Request, Rows, Run, Trace
 
 Direction = NDArray[np.float16]
 
@@ -191,3 +191,32 @@ def quantised_centre(
         options = hf.Options(dtype=precision)
         with hf.HFEngine(options, text=f"reference with {scheme} weights", model=wide) as rounded:
             return teacher_forced(rounded, requests, continuations)
+
+
+def sharded(golden: Golden, model: str, run: Run, *, dtype: str, attention: str, ranks: int, threads: int) -> Trace:
+    """The reference on one run, in one process, with the sums of tensor parallelism of that many ranks.
+
+    Args:
+        golden: the work.
+        model: the reference's directory.
+        run: of the golden's suite.
+        dtype: what it computes in, partial sums too.
+        attention: kernel, as the candidate's.
+        ranks: size of the tensor parallelism.
+        threads: of torch, as each rank's: kernels split their work by it.
+    """
+    from harness import replicas
+
+    draw = replicas.Draw(ordered=ranks)
+    options = f"hf:dtype={dtype},attn={attention},threads={threads}"
+    with hf.build(parse_spec(options), model=model) as engine, replicas.applied(engine.model, draw):
+        return runner.run_suite(
+            engine,
+            golden.suite,
+            golden.requests,
+            golden.continuations,
+            runs=[run],
+            stop_ids=frozenset(golden.stop_ids),
+            vocabulary=golden.vocabulary,
+            views=("replay", "prefill"),
+        )

@@ -698,11 +698,31 @@ class Blame:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """What only a candidate of several ranks has.
+
+    Attributes:
+        ranks: size of its tensor parallelism.
+        plain: its error about the reference, in units of round-off; None where it was not measured.
+        emulated: its distance from the reference with sums in the order of so many ranks, in the same unit.
+        equal: share of positions at which it equals that one to the bit.
+        first_wrong: the first place where a rank leaves the reference, in words; "" where there is none or none was
+            looked for.
+    """
+
+    ranks: int = 1
+    plain: float | None = None
+    emulated: float | None = None
+    equal: float | None = None
+    first_wrong: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """Status, findings and power of one candidate against one golden.
 
     ``environment`` lists what is another today than when the golden was recorded; ``blame`` is there when the
-    reference was asked to run again.
+    reference was asked to run again, ``sharding`` for a candidate of several ranks.
     """
 
     golden: str
@@ -715,6 +735,7 @@ class Verdict:
     settings: Mapping[str, Any] = field(default_factory=dict)
     environment: tuple[Difference, ...] = ()
     blame: Blame | None = None
+    sharding: Sharding | None = None
     seconds: float = 0.0
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from harness.cli.output import must_be_writable, progress_line, write_json, writ
 from harness.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:
+    from harness.flow import Cell
     from harness.values import Verdict
 
     Check = Callable[..., Verdict]
@@ -60,6 +62,7 @@ class _Reports:
 @click.option("--candidate", "-c", "candidates", multiple=True, metavar="SPEC", help="What to check; may be repeated.")
 @click.option("--trace", "traces", multiple=True, metavar="FILE", help="What `harness run` made; may be repeated.")
 @click.option("--all", "everything", is_flag=True, help="Every golden, with the candidates named beside it.")
+@click.option("--matrix", is_flag=True, help="Every precision in 1 process, tensor parallel, stages, and both.")
 @click.option("--quick", is_flag=True, help="Only the quick runs and the quick candidates.")
 @click.option("--root", type=click.Path(path_type=Path), default=Path("golden"), show_default=True, help="For --all.")
 @click.option(
@@ -78,6 +81,7 @@ def check(
     candidates: tuple[str, ...],
     traces: tuple[str, ...],
     everything: bool,
+    matrix: bool,
     quick: bool,
     root: Path,
     reference: Path | None,
@@ -98,10 +102,14 @@ def check(
     harness check golden/bloom-tiny/core -c 'py:my_package.port:build?dtype=bfloat16'
     harness check golden/bloom-tiny/core --trace from-the-device.trace
     harness check golden/bloom-tiny/core -c hf:model=DIR --diagnose
+    harness check golden/bloom-tiny/core -c tp:size=2,dtype=bfloat16 -c pp:stages=2
+    harness check golden/bloom-tiny/core --matrix --quick
     harness check --all --quick
 
     A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
-    compile, batch, chunk, show, threads, device and trust_remote_code.
+    compile, batch, chunk, show, threads, device and trust_remote_code; for `tp` and `pp` size, stages, micro_batches,
+    model, dtype, attn, batch, chunk, threads, device, prepare and timeout. Ranks are started here, or joined where
+    torchrun, deepspeed, srun or mpirun started this command.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     if everything == (golden is not None):
         raise UsageError("give either one golden or --all", fix="E.g. harness check golden/bloom-tiny/core -c hf")
@@ -109,47 +117,60 @@ def check(
         raise UsageError(
             "--all takes its candidates from the data beside each golden", fix="Leave -c, --trace and --reference"
         )
-    if not everything and not candidates and not traces:
+    if matrix and (everything or candidates or traces):
+        raise UsageError("--matrix takes its candidates by itself", fix="Leave --all, -c and --trace")
+    if not everything and not matrix and not candidates and not traces:
         raise UsageError("no candidate was given", fix="Add -c SPEC, e.g. -c hf:dtype=bfloat16")
     _check_specs(candidates)
     reports = _Reports(json=json, junit=junit, markdown=markdown)
     from harness import flow
+    from harness.report.matrix import matrix_to_text
     from harness.report.terminal import verdict_to_text
     from harness.report.unseen import unseen_lines
     from harness.traces import load_trace
     from harness.verdict import exit_code
 
     work: list[tuple[Path, Any]]
+    cells: list[Cell] = []
     if golden is None:
         work = list(flow.check_all(root, quick=quick, allow_code=allow_code))
+    elif matrix:
+        cells = list(flow.cells(golden, reference))
+        work = [(golden, cell.spec) for cell in cells if not cell.reason]
     else:
         work = [(golden, one) for one in (*candidates, *map(load_trace, traces))]
-    table = everything and reports.on_terminal
-    verdicts = []
+    table = (everything or matrix) and reports.on_terminal
+    verdicts: list[Verdict] = []
     if table:
         _table_header()
-    for number, (directory, candidate) in enumerate(work, start=1):
-        name = candidate if isinstance(candidate, str) else candidate.engine
-        # A line that says what is being done ends before anything is printed: the two would write over each other.
-        with progress_line() as progress:
-            one = _checked(
-                directory,
-                candidate,
-                reports_unreadable=everything,
-                reference=reference,
-                quick=quick,
-                upcast=not no_upcast,
-                blame_environment=blame_environment,
-                diagnose=diagnose,
-                progress=_prefixed(progress, f"{number}/{len(work)} {directory} {name}: "),
-            )
-        verdicts.append(one)
-        if table:
-            _table_row(one)
-        elif reports.on_terminal:
-            click.echo("\n  ".join([verdict_to_text(one, verbose=verbose), *unseen_lines(directory, one)]))
+    stack = ExitStack()
+    if matrix:
+        stack.enter_context(flow.kept_ranks())
+    with stack:
+        for number, (directory, candidate) in enumerate(work, start=1):
+            name = candidate if isinstance(candidate, str) else candidate.engine
+            # A line that says what is being done ends before anything is printed: the two would write over each other.
+            with progress_line() as progress:
+                one = _checked(
+                    directory,
+                    candidate,
+                    reports_unreadable=everything,
+                    reference=reference,
+                    quick=quick,
+                    upcast=not no_upcast,
+                    blame_environment=blame_environment,
+                    diagnose=diagnose,
+                    progress=_prefixed(progress, f"{number}/{len(work)} {directory} {name}: "),
+                )
+            verdicts.append(one)
+            if table:
+                _table_row(one)
+            elif reports.on_terminal:
+                click.echo("\n  ".join([verdict_to_text(one, verbose=verbose), *unseen_lines(directory, one)]))
     if table:
         _table_end(verdicts, verbose=verbose)
+    if matrix and table:
+        click.echo("\n" + matrix_to_text(cells, verdicts))
     reports.write(verdicts)
     return exit_code(verdicts)
 

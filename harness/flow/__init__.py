@@ -5,15 +5,19 @@ from __future__ import annotations
 from harness.flow.candidates import candidates, check_all
 from harness.flow.checking import check
 from harness.flow.comparing import compare
+from harness.flow.matrix import Cell, cells, kept_ranks
 from harness.flow.recording import record, rerecord
 from harness.flow.references import reference_directory, reference_model
 from harness.flow.running import run
 
 __all__ = [
+    "Cell",
     "candidates",
+    "cells",
     "check",
     "check_all",
     "compare",
+    "kept_ranks",
     "record",
     "reference_directory",
     "reference_model",

@@ -21,6 +21,7 @@ from harness.flow.blaming import blame
 from harness.flow.candidates import engine_of, name_of
 from harness.flow.references import read, reference_directory
 from harness.flow.running import asked_runs, forced_trace, refuse_other_model, silent, templates
+from harness.flow.sharding import sharding_of
 from harness.numerics import quantise
 from harness.values import Golden, Request, Rows, Scoring, Status, Templates, Trace, Verdict
 from harness.verdict import failed, judge
@@ -69,13 +70,15 @@ def check(
     name = candidate.engine if isinstance(candidate, Trace) else name_of(candidate)
     refused = partial(failed, golden=golden.name, candidate=name)
     try:
-        # Read once: the whole checkpoint is hashed for it. A trace needs it for templates alone.
-        needed = diagnose or not isinstance(candidate, Trace)
+        # Read once: the whole checkpoint is hashed for it. A trace needs it for templates and for sums alone.
+        given = candidate if isinstance(candidate, Trace) else None
+        needed = diagnose or given is None or "ranks" in given.settings
         directory = reference_directory(golden, reference) if needed else None
         # Before the engine is opened, whose settings are not for the reference.
         bank = templates(golden, directory, progress) if diagnose else None
-        if isinstance(candidate, Trace):
-            trace = candidate
+        if given is not None:
+            verdict = _judged(golden, given, quick, reference, spreads, bank, progress)
+            verdict = replace(verdict, sharding=sharding_of(golden, given, directory, progress))
         else:
             basis = None if bank is None else bank.basis
             engine = engine_of(candidate, directory)
@@ -83,7 +86,8 @@ def check(
             with engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
-        verdict = _judged(golden, trace, quick, reference, spreads, bank, progress)
+                verdict = _judged(golden, trace, quick, reference, spreads, bank, progress)
+                verdict = replace(verdict, sharding=sharding_of(golden, trace, directory, progress, engine, verdict))
     except StaleError as error:
         return refused(Status.STALE, error.problem, fix=error.fix, check="model")
     except EngineError as error:

@@ -17,6 +17,7 @@ from harness.values import (
     Likeness,
     PassSummary,
     Power,
+    Sharding,
     Statistic,
     Verdict,
 )
@@ -51,6 +52,7 @@ def verdict_to_dict(verdict: Verdict) -> dict[str, Any]:
             "settings": verdict.settings,
             "environment": [_fields(one, Difference.__slots__) for one in verdict.environment],
             "blame": None if verdict.blame is None else _fields(verdict.blame, Blame.__slots__),
+            "sharding": None if verdict.sharding is None else _fields(verdict.sharding, Sharding.__slots__),
             "seconds": round(verdict.seconds, 3),
         }
     )

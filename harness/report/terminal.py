@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from harness.numerics.statistics import MAGNITUDES, SIGNED
 from harness.report.characters import legal, one_line
 from harness.report.diagnosis import diagnosis_lines
+from harness.report.sharding import sharding_lines
 from harness.values import (
     Answer,
     Change,
@@ -46,6 +47,7 @@ def verdict_to_text(verdict: Verdict, *, verbose: bool = False) -> str:
         meanings = [f"meaning: {one}" for one in (_meaning_of_passes(verdict), _meaning_of_answers(verdict)) if one]
         lines += meanings if verbose else meanings[:1]
     lines += [line for answer in verdict.answers for line in diagnosis_lines(answer)]
+    lines += sharding_lines(verdict.sharding)
     if verdict.environment:
         lines.append(f"environment: {environment_words(verdict.environment)}")
     if verdict.blame is not None:

@@ -26,6 +26,7 @@ from harness.values import (
     Likeness,
     PassSummary,
     Power,
+    Sharding,
     Statistic,
     Status,
     Verdict,
@@ -204,6 +205,7 @@ _OBJECTS = {
     "pass": (PassSummary, set()),
     "difference": (Difference, set()),
     "blame": (Blame, set()),
+    "sharding": (Sharding, set()),
     "diagnosis": (Diagnosis, set()),
     "likeness": (Likeness, set()),
 }

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from harness import suites
 from harness.engines import hf, spec
 from harness.engines.base import Engine
-from harness.engines.ranks import outer, spawned
+from harness.engines.ranks import outer, probes, spawned
 from harness.engines.ranks.layout import Layout, refusal
 from harness.engines.ranks.serving import Done, Setup, Work
 from harness.environment import Quiet
@@ -289,6 +289,11 @@ class ParallelEngine(Engine):
             if found and found not in self._differing:
                 self._differing.append(found)
         return shown[layout.head]
+
+    def probe(self, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> list[list[probes.Shown]]:
+        """What each rank computes inside its blocks in one prefill of a batch, in the order of the forward."""
+        found: list[list[probes.Shown]] = self.ask("probe", requests, continuations)
+        return found
 
     def narrow_operation(self) -> str:
         found: list[str] = self.ask("narrow_operation")

@@ -96,6 +96,11 @@ def _in_model(engine: RankEngine, name: str) -> str:
     return name if engine.layout.stages == 1 else stages.renumbered(name, engine.model.config, engine.layers.start)
 
 
+def name_in_model(engine: RankEngine, module: str) -> str:
+    """A module's name in the whole model."""
+    return _in_model(engine, f"{module}.")[:-1]
+
+
 def _in_checkpoint(name: str, keys: dict[str, Any], engine: RankEngine) -> str | None:
     """A parameter's name in the checkpoint: with or without the base model's prefix; a tied head is the embedding."""
     config: Any = engine.model.config
@@ -137,6 +142,18 @@ class Checksums:
         return [(name, int(value)) for name, value in self._sums.items()]
 
 
+def summed_layers(engine: RankEngine) -> list[str]:
+    """Names of the rank's layers whose outputs are sums over the shards; none where nothing is cut."""
+    if engine.layout.tensor == 1:
+        return []
+    return [
+        name
+        for name, module in engine.model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and plans.style_of(engine.model, f"{name}.weight") in plans.SUMMED
+    ]
+
+
 @contextmanager
 def watched(engine: RankEngine) -> Iterator[Checksums]:
     """Checksums of the outputs of the blocks, of the parts of them that are sums over the shards, and of the model."""
@@ -145,13 +162,8 @@ def watched(engine: RankEngine) -> Iterator[Checksums]:
         yield sums
         return
     model = engine.model
-    summed = [
-        name
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-        and plans.style_of(model, f"{name}.weight") in plans.SUMMED
-    ]
-    names = {name: _in_model(engine, f"{name}.")[:-1] for name in [*summed, *hooks.block_names(model)]}
+    summed = summed_layers(engine)
+    names = {name: name_in_model(engine, name) for name in [*summed, *hooks.block_names(model)]}
     observe: Callable[[str, Any], None] = lambda name, output: sums.add(names[name], output)  # noqa: E731
     with hooks.watched(model, list(names), observe):
         yield sums

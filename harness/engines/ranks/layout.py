@@ -33,8 +33,8 @@ class Layout:
         return range(stage * self.tensor, (stage + 1) * self.tensor)
 
     def __str__(self) -> str:
-        parts = [f"tensor parallel {self.tensor}"] if self.tensor > 1 or self.stages == 1 else []
-        return " x ".join([*parts, *([f"{self.stages} stages"] if self.stages > 1 else [])])
+        parts = [f"tp {self.tensor}"] if self.tensor > 1 else []
+        return " x ".join([*parts, *([f"pp {self.stages}"] if self.stages > 1 else [])]) or "1 process"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ Shape legend: B batch rows, T new tokens, S tokens so far, E inputs, N outputs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,16 @@ def distributed(config: Any, size: int) -> Any:
             fix=f"transformers brings plans with its models; this project those of {', '.join(_OURS)}",
         )
     return DistributedConfig(tp_size=size)
+
+
+def summed_layers(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the layers whose products tensor parallelism sums over its ranks, of a model that is whole.
+
+    Empty for a model without a plan.
+    """
+    plan: Mapping[str, str] = _OURS.get(model.config.model_type) or getattr(model, "tp_plan", None) or {}
+    kinds = {kind for kind, style in plan.items() if style in SUMMED}
+    return frozenset(name for name, _ in model.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", name) in kinds)
 
 
 def style_of(model: PreTrainedModel, parameter: str) -> str | None:

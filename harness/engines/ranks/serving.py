@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hf
-from harness.engines.ranks import evidence
+from harness.engines.ranks import evidence, probes
 from harness.engines.ranks.layout import Layout
 from harness.errors import EngineError, UsageError
 from harness.numerics.sketch import Sketcher
@@ -150,6 +150,10 @@ class Server:
             forced(work.requests, work.continuations, batch_size=work.batch_size, sketcher=sketcher)
             return Done(sketcher=sketcher if head else None, checksums=tuple(sums.shown()))
 
+    def probe(self, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> list[probes.Shown]:
+        """What this rank computes inside its blocks on one batch, with every other rank."""
+        return probes.of_rank(self.engine, requests, continuations)
+
 
 _REQUESTS: Mapping[str, Callable[..., Any]] = {
     "open": Server.open,
@@ -158,6 +162,7 @@ _REQUESTS: Mapping[str, Callable[..., Any]] = {
     "narrow": Server.narrow,
     "narrow_operation": Server.narrow_operation,
     "run": Server.run,
+    "probe": Server.probe,
 }
 
 

@@ -1,0 +1,156 @@
+"""What a model computes inside its blocks, at the places where ranks meet: on a rank, and on the whole model.
+
+The places are the inputs of layers that are summed over shards (each rank has its own columns of them), the sums
+themselves, what enters a stage, and what leaves each block. One prefill of prompts of equal length, in one batch.
+
+Shape legend: B batch rows, T tokens, W columns, N = B * T rows, J projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.engines import decoding, hooks
+from harness.engines.ranks import evidence, plans
+from harness.numerics.sketch import Sketcher, plain_signs
+from harness.values import Golden, Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.engines.hf import HFEngine
+    from harness.engines.ranks.rank import RankEngine
+
+#: Prompts of a probe, and tokens of each.
+PROMPTS, TOKENS = 4, 24
+
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """One place on one rank: its module in the whole model, which side of it, and projections of it [N, J]."""
+
+    module: str
+    side: Side
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whole:
+    """One place in the whole model, all columns of it [N, W]; ``summed`` for the input of a layer that is summed."""
+
+    module: str
+    side: Side
+    summed: bool
+    values: NDArray[np.float64]
+
+    def of(self, shard: int, size: int) -> NDArray[np.float64]:
+        """Projections of what a shard should hold of it, [N, J]."""
+        import torch
+
+        tensor = torch.from_numpy(self.values)
+        own = plans.Cut(dim=1).of(tensor, shard, size) if self.summed else tensor
+        return projected(own)
+
+
+def asked(golden: Golden) -> tuple[list[Request], list[tuple[int, ...]]]:
+    """The work of a probe: the beginnings of the golden's longest prompts, cut to one length."""
+    longest = sorted(golden.requests, key=lambda one: -len(one.prompt_ids))[:PROMPTS]
+    length = min(TOKENS, *(len(one.prompt_ids) for one in longest)) if longest else 0
+    requests = [Request(id=one.id, prompt_ids=one.prompt_ids[:length], max_new_tokens=1) for one in longest]
+    # A last token that nobody looks at: a teacher-forced pass leaves out what it has no successor for.
+    return requests, [(0,)] * len(requests)
+
+
+def projected(tensor_NW: torch.Tensor) -> NDArray[np.float64]:
+    """Random projections [N, J] in float64."""
+    wide: NDArray[np.float64] = tensor_NW.detach().double().cpu().numpy()
+    return wide @ plain_signs(wide.shape[1]).T
+
+
+def of_rank(engine: RankEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> list[Shown]:
+    """The places of a rank, in the order of its forward."""
+    blocks = hooks.block_names(engine.model)
+    summed = evidence.summed_layers(engine)
+    names = {name: evidence.name_in_model(engine, name) for name in [*blocks, *summed]}
+    with _collected(engine.model, [*blocks[:1], *summed], [*summed, *blocks]) as found:
+        _prefill(engine, requests, continuations)
+    return [
+        Shown(module=names[name], side=side, values=projected(_rows(parts)))
+        for (name, side), parts in found.items()
+    ]  # fmt: skip
+
+
+def of_whole(
+    engine: HFEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]]
+) -> dict[tuple[str, Side], Whole]:
+    """The same places of a model in one process, by module and side."""
+    blocks = hooks.block_names(engine.model)
+    summed = plans.summed_layers(engine.model)
+    with _collected(engine.model, [*blocks, *summed], [*summed, *blocks]) as found:
+        _prefill(engine, requests, continuations)
+    return {
+        (name, side): Whole(
+            module=name, side=side, summed=side == "input" and name in summed, values=_rows(parts).double().numpy()
+        )
+        for (name, side), parts in found.items()
+    }
+
+
+def _prefill(engine: HFEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> None:
+    decoding.teacher_forced(
+        engine.decoder, requests, continuations, batch_size=len(requests), sketcher=_Nobody(engine.vocabulary)
+    )
+
+
+class _Nobody(Sketcher):
+    """Takes no logits: on most ranks there are none."""
+
+    def add(self, *_arguments: Any, **_keywords: Any) -> None:
+        """Nothing."""
+
+
+def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Micro-batches one after another, as [N, W] on the CPU."""
+    import torch
+
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).detach().cpu()
+
+
+@contextmanager
+def _collected(
+    model: Any, inputs: Sequence[str], outputs: Sequence[str]
+) -> Iterator[Mapping[tuple[str, Side], list[torch.Tensor]]]:
+    """Inputs and outputs of named modules while the block lasts, in the order in which they are first computed."""
+    found: dict[tuple[str, Side], list[torch.Tensor]] = {}
+
+    def take(name: str, side: Side, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        found.setdefault((name, side), []).append(tensor.clone())
+
+    handles = []
+    for name in inputs:
+        handles.append(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, kwargs, name=name: take(name, "input", args or kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        )
+    for name in outputs:
+        handles.append(
+            model.get_submodule(name).register_forward_hook(
+                lambda _module, _args, output, name=name: take(name, "output", output)
+            )
+        )
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,52 @@
+"""The grid of `check --matrix`: a row for each layout, a column for each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from harness.values import Verdict
+
+
+class Cell(Protocol):
+    """What the grid needs of a cell."""
+
+    @property
+    def layout(self) -> object:
+        """What the row is called by."""
+
+    @property
+    def dtype(self) -> str:
+        """The column."""
+
+    @property
+    def spec(self) -> str:
+        """What was checked."""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no such cell; "" where there is."""
+
+
+def matrix_to_text(cells: Sequence[Cell], verdicts: Sequence[Verdict]) -> str:
+    """Status and error of each cell; below, why some cannot exist."""
+    by_spec = {one.candidate: one for one in verdicts}
+    columns = list(dict.fromkeys(cell.dtype for cell in cells))
+    rows = [["", *columns]]
+    reasons = []
+    for layout in reversed(list(dict.fromkeys(str(cell.layout) for cell in cells))):
+        row = {cell.dtype: cell for cell in cells if str(cell.layout) == layout}
+        rows.append([layout, *(_cell(row[name], by_spec) for name in columns)])
+        reasons += [f"{layout}, {cell.dtype}: {cell.reason}" for cell in row.values() if cell.reason]
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
+    lines = ["".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *(f"no such cell: {one}" for one in reasons)])
+
+
+def _cell(cell: Cell, by_spec: dict[str, Verdict]) -> str:
+    verdict = by_spec.get(cell.spec)
+    if verdict is None:
+        return "none"
+    own = [one.ratio for one in verdict.passes if one.ratio is not None and one.question == "precision"]
+    shown = own or [one.ratio for one in verdict.passes if one.ratio is not None]
+    return f"{verdict.status.value} {max(shown):.2f}" if shown else verdict.status.value
