@@ -773,6 +773,46 @@ class Verdict:
         return verdict_to_text(self)
 
 
+# --- two candidates of one golden ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRow:
+    """One pass that two traces hold.
+
+    Attributes:
+        run, view, repeat: of the pass.
+        first, second: errors about the golden, in units of the coarser precision's round-off; None where not measured.
+        apart: root mean square distance of the two, in the same unit.
+        equal: share of positions at which both are equal to the bit.
+        differ, steps: greedy tokens that differ between the two, of how many.
+    """
+
+    run: str
+    view: View
+    repeat: int
+    first: float | None = None
+    second: float | None = None
+    apart: float | None = None
+    equal: float | None = None
+    differ: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two traces of one golden: the verdict on each, and how far they are apart."""
+
+    first: Verdict
+    second: Verdict
+    rows: tuple[PairRow, ...]
+
+    def __str__(self) -> str:
+        from harness.report.pair import pair_to_text
+
+        return pair_to_text(self)
+
+
 # --- one golden against another ------------------------------------------------------------------
 
 

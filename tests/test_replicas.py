@@ -113,6 +113,7 @@ def test_draws_say_what_they_are():
     )
     assert str(Draw(wide=True)).endswith(", fp32 products")
     assert str(Draw(fused=True)).endswith(", fused activations")
+    assert str(Draw(ordered=3)).endswith(", partial sums of 3 ranks")
 
 
 def test_fused_activations_are_half_of_the_draws():
@@ -415,6 +416,37 @@ def test_even_pieces_are_rounded_before_they_are_added(kind):
             with replicas.applied(model, Draw(seed=seed, pieces=2)):
                 got = module(inputs)
             assert torch.equal(got, late.bfloat16()) or torch.equal(got, early)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "length", "last"),
+    [(2, 6, [0, 0, 0, 0, 1, 1]), (3, 12, [0] * 4 + [1] * 4 + [2] * 4), (3, 7, [0, 0, 0, 0, 1, 1, 1])],
+)
+def test_a_ring_ends_each_chunk_at_its_own_rank(ranks, length, last):
+    """Of 2^30, -2^30 and 1 the 1 survives where it is added last; chunks are of whole 8 bytes, here of two floats."""
+    if ranks == 2:
+        # Two numbers have one sum, whichever is first.
+        values = [torch.randn(length), torch.randn(length)]
+        assert torch.equal(replicas._ring(values), values[0] + values[1])
+        return
+    for one in range(ranks):
+        big = iter((2.0**30, -(2.0**30)))
+        partials = [torch.full((length,), 1.0 if rank == one else next(big)) for rank in range(ranks)]
+        kept = [place for place, value in enumerate(replicas._ring(partials)) if value == 1.0]
+        assert kept == [place for place, rank in enumerate(last) if rank == one]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sums_in_the_order_of_ranks_are_the_same_function(models, kind, ranks):
+    """Only layers that tensor parallelism sums are changed, two a block, by round-off alone, and undone."""
+    with scorer.open_reference(str(models / kind), "float32") as engine:
+        plain = logits(engine, Draw())
+        with replicas.applied(engine.model, Draw(ordered=ranks)):
+            assert len(patched(engine.model)) == 2 * engine.model.config.num_hidden_layers
+        ordered = logits(engine, Draw(ordered=ranks))
+        assert 0 < largest_difference(ordered, plain) < 1e-4
+        assert patched(engine.model) == set()
 
 
 # --- the floor -------------------------------------------------------------------------------------

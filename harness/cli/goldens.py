@@ -12,20 +12,26 @@ from harness.cli.output import progress_line
 @click.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-def compare(a: Path, b: Path) -> int:
-    """Compare two goldens prompt by prompt, or a golden with a trace.
+@click.option("--golden", type=click.Path(path_type=Path), metavar="DIR", help="Of two traces: what they were made of.")
+def compare(a: Path, b: Path, golden: Path | None) -> int:
+    """Compare two goldens prompt by prompt, a golden with a trace, or two traces of one golden.
 
     \b
     harness compare golden/my-model/core /tmp/recorded-elsewhere/core
     harness compare golden/my-model/core from-the-device.trace
+    harness compare tp.trace pp.trace --golden golden/my-model/core
 
-    Two goldens: exit code 0 where they differ by round-off at most, 1 where by more. A trace is judged as by `check`.
+    Two goldens: exit code 0 where they differ by round-off at most, 1 where by more. A trace is judged as by `check`,
+    and of two traces each, with how far they are apart.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     from harness import flow
-    from harness.values import Verdict
+    from harness.values import Pair, Verdict
+    from harness.verdict import exit_code
 
-    found = flow.compare(a, b)
+    found = flow.compare(a, b, golden=golden)
     click.echo(str(found))
+    if isinstance(found, Pair):
+        return exit_code([found.first, found.second])
     if isinstance(found, Verdict):
         return found.status.exit_code
     return int(found.worst.needs_reason)

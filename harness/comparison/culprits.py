@@ -75,7 +75,11 @@ def _in_words(one: Shown, wrong: list[int], ranks: list[int], stage: int, layout
         if len(wrong) < len(ranks):
             return f"{named}{of_stage}: its part of the input of {one.module}; the other ranks' parts are right"
         return f"the input of {one.module}, on every rank{of_stage}"
+    if one.side == "partial":
+        if len(wrong) < len(ranks):
+            return f"{named}{of_stage}: its partial product of {one.module}; the other ranks' products are right"
+        return f"the partial products of {one.module}, on every rank{of_stage}, though their inputs are right"
     if one.module[-1:].isdigit():
         return f"the output of {one.module}{of_stage}"
     who = "" if len(wrong) == len(ranks) else f", on {named}"
-    return f"the output of {one.module}{of_stage}{who}, though every rank's input of it is right: the sum, or its bias"
+    return f"the output of {one.module}{of_stage}{who}, though every rank's part of it is right: the sum, or its bias"

@@ -1,4 +1,4 @@
-"""compare: two goldens prompt by prompt, or a golden and a trace."""
+"""compare: two goldens prompt by prompt, a golden and a trace, or two traces of one golden."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from pathlib import Path
 
 from harness import store
 from harness.changes import compare_goldens
+from harness.comparison.pairs import rows_of
 from harness.errors import UsageError
 from harness.flow.checking import check
+from harness.flow.references import read
 from harness.traces import load_trace
-from harness.values import Changes, Golden, Trace, Verdict
+from harness.values import Changes, Golden, Pair, Trace, Verdict
 
 
-def compare(a: Golden | Trace | str | Path, b: Golden | Trace | str | Path) -> Changes | Verdict:
-    """What differs between an old golden and a new one; or the verdict on a trace.
+def compare(
+    a: Golden | Trace | str | Path, b: Golden | Trace | str | Path, *, golden: Golden | str | Path | None = None
+) -> Changes | Verdict | Pair:
+    """What differs between an old golden and a new one, the verdict on a trace, or how far two traces are apart.
 
     Args:
-        a: a golden, or the directory of one.
+        a: a golden or a trace, or where one lies.
         b: a golden or a trace, or where one lies.
+        golden: of two traces, or its directory: it says how much of their difference is round-off.
 
     Returns:
-        Changes for two goldens, a Verdict for a golden and a trace.
+        Changes for two goldens, a Verdict for a golden and a trace, a Pair for two traces.
 
     Raises:
-        HarnessError: for what cannot be read, and for two traces: only a golden says how much is round-off.
+        HarnessError: for what cannot be read, and for two traces without a golden.
     """
     first, second = _read(a), _read(b)
     if isinstance(first, Golden) and isinstance(second, Golden):
@@ -32,9 +37,15 @@ def compare(a: Golden | Trace | str | Path, b: Golden | Trace | str | Path) -> C
         return check(first, second)
     if isinstance(first, Trace) and isinstance(second, Golden):
         return check(second, first)
-    raise UsageError(
-        "two traces do not say how much of their difference is round-off", fix="Compare each of them with a golden"
-    )
+    assert isinstance(first, Trace)
+    assert isinstance(second, Trace)
+    if golden is None:
+        fix = "Add --golden DIR (in Python golden=), the golden that both were made of"
+        raise UsageError("two traces do not say how much of their difference is round-off", fix=fix)
+    found = read(golden)
+    verdicts = check(found, first), check(found, second)
+    rows = rows_of(found, first, second) if all(one.answers for one in verdicts) else ()
+    return Pair(first=verdicts[0], second=verdicts[1], rows=rows)
 
 
 def _read(given: Golden | Trace | str | Path) -> Golden | Trace:

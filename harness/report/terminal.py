@@ -47,7 +47,7 @@ def verdict_to_text(verdict: Verdict, *, verbose: bool = False) -> str:
         meanings = [f"meaning: {one}" for one in (_meaning_of_passes(verdict), _meaning_of_answers(verdict)) if one]
         lines += meanings if verbose else meanings[:1]
     lines += [line for answer in verdict.answers for line in diagnosis_lines(answer)]
-    lines += sharding_lines(verdict.sharding)
+    lines += sharding_lines(verdict.sharding, ok=verdict.ok)
     if verdict.environment:
         lines.append(f"environment: {environment_words(verdict.environment)}")
     if verdict.blame is not None:

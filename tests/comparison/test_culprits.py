@@ -51,6 +51,26 @@ def test_the_one_wrong_rank_is_named() -> None:
     assert said == "rank 1: its part of the input of h.0.dense; the other ranks' parts are right"
 
 
+def test_a_rank_whose_product_is_wrong_is_named() -> None:
+    """Its part of the input is right and its product of it is not, as where one rank rounds before the sum."""
+    weight = np.random.default_rng(5).standard_normal((6, 3))
+    place = ("h.0.dense", "partial")
+    models = [_model(), *({**one} for one in _VARIANTS)]
+    for one in models:
+        one[place] = Whole(
+            module=place[0], side="partial", summed=True, values=one["h.0.dense", "input"].values, weight=weight
+        )
+    right = np.split(models[0][place].values, 2, axis=1)
+    for shard in range(2):
+        by_hand = right[shard] @ weight[3 * shard : 3 * shard + 3]
+        assert np.allclose(models[0][place].of(shard, 2), projected(_torch(by_hand)))
+    shown = [_shown(rank, 2) for rank in range(2)]
+    for rank, by in ((0, 0.0), (1, 1e-2)):
+        shown[rank].insert(2, Shown(module=place[0], side="partial", values=models[0][place].of(rank, 2) + by))
+    said = first_wrong(shown, models[0], models[1:], Layout(tensor=2))
+    assert said == "rank 1: its partial product of h.0.dense; the other ranks' products are right"
+
+
 def test_a_wrong_sum_is_told_from_a_wrong_part() -> None:
     """Every rank's part is right, and what all of them get is not."""
     shown = [_shown(rank, 2, ("h.0.dense", "output")) for rank in range(2)]

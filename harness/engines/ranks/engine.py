@@ -117,6 +117,7 @@ class ParallelEngine(Engine):
             self._join()
             self._differing = []
             self._shown = self._merged(self.ask("open", self._setup(), loading=True))
+            self._compare_tables()
         except BaseException:
             self._stack.close()
             self._team = None
@@ -212,6 +213,15 @@ class ParallelEngine(Engine):
             "blocks": int(self._config.get_text_config().num_hidden_layers),
             "ranks": ranks,
         }
+
+    def _compare_tables(self) -> None:
+        """Tables that are derived and not loaded (RoPE's frequencies) are the same on every rank that has them."""
+        ranks = self._shown["ranks"]
+        for name in dict.fromkeys(name for one in ranks for name in one["tables"]):
+            holding = [one for one in ranks if name in one["tables"]]
+            shown = [((name, one["tables"][name]),) for one in holding]
+            if found := difference(shown, [one["rank"] for one in holding]):
+                self._differing.append(found)
 
     @property
     def vocabulary(self) -> int:

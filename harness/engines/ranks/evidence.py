@@ -43,6 +43,7 @@ def of_rank(engine: RankEngine) -> dict[str, Any]:
         "parameters": held,
         "shapes": shapes,
         "cut": bool(cut) and not whole,
+        "tables": {_in_model(engine, name): checksum(buffer) for name, buffer in engine.model.named_buffers()},
         "unlike_checkpoint": unlike,
         "unaudited": unaudited,
     }
@@ -119,6 +120,21 @@ def _embedding(config: Any) -> str:
 # --- what every rank of a stage must agree on --------------------------------------------------
 
 
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A checksum modulo 2^64 of a tensor's bytes, as a tensor where the tensor is."""
+    import torch
+
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(integer).flatten().to(torch.int64)
+    # Odd weights: a change of one element always shows, an exchange of two nearly always.
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A checksum of a tensor's bytes, what of it lies on this rank."""
+    return int(_bits(local_part(tensor))) if tensor.numel() else 0
+
+
 class Checksums:
     """One checksum a module, over all of its outputs: what is replicated must be equal to the bit on every shard."""
 
@@ -126,14 +142,9 @@ class Checksums:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, output: torch.Tensor) -> None:
-        import torch
-
         if not output.numel():
             return
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[output.element_size()]
-        bits = output.detach().contiguous().view(integer).flatten().to(torch.int64)
-        # Odd weights: a change of one element always shows, an exchange of two nearly always.
-        one = (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+        one = _bits(output)
         before = self._sums.get(name)
         self._sums[name] = one if before is None else before * _FACTOR + one
 
@@ -154,6 +165,18 @@ def summed_layers(engine: RankEngine) -> list[str]:
     ]
 
 
+def _ends(engine: RankEngine) -> list[str]:
+    """What of the model lies outside its blocks: embeddings, norms, the head, each whole on every shard."""
+    from torch import nn
+
+    model: Any = engine.model
+    base = model.base_model_prefix
+    parts = [
+        f"{base}.{name}" for name, part in model.base_model.named_children() if not isinstance(part, nn.ModuleList)
+    ]
+    return [*parts, "lm_head"] if hasattr(model, "lm_head") else parts
+
+
 @contextmanager
 def watched(engine: RankEngine) -> Iterator[Checksums]:
     """Checksums of the outputs of the blocks, of the parts of them that are sums over the shards, and of the model."""
@@ -162,8 +185,8 @@ def watched(engine: RankEngine) -> Iterator[Checksums]:
         yield sums
         return
     model = engine.model
-    summed = summed_layers(engine)
-    names = {name: name_in_model(engine, name) for name in [*summed, *hooks.block_names(model)]}
+    watched_ = [*_ends(engine), *summed_layers(engine), *hooks.block_names(model)]
+    names = {name: name_in_model(engine, name) for name in watched_}
     observe: Callable[[str, Any], None] = lambda name, output: sums.add(names[name], output)  # noqa: E731
-    with hooks.watched(model, list(names), observe):
+    with hooks.watched(model, watched_, observe):
         yield sums

@@ -1,14 +1,15 @@
 """What a model computes inside its blocks, at the places where ranks meet: on a rank, and on the whole model.
 
-The places are the inputs of layers that are summed over shards (each rank has its own columns of them), the sums
-themselves, what enters a stage, and what leaves each block. One prefill of prompts of equal length, in one batch.
+The places are the inputs of layers that are summed over shards (each rank has its own columns of them), each rank's
+partial product, the sums themselves, what enters a stage, and what leaves each block. One prefill of prompts of equal
+length, in one batch.
 
 Shape legend: B batch rows, T tokens, W columns, N = B * T rows, J projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 #: Prompts of a probe, and tokens of each.
 PROMPTS, TOKENS = 4, 24
 
-Side = Literal["input", "output"]
+Side = Literal["input", "partial", "output"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,19 +45,27 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Whole:
-    """One place in the whole model, all columns of it [N, W]; ``summed`` for the input of a layer that is summed."""
+    """One place in the whole model, all columns of it [N, W].
+
+    ``summed`` for the input of a layer that is summed, and for a partial product: then ``values`` are that layer's
+    input and ``weight`` is [W, outputs].
+    """
 
     module: str
     side: Side
     summed: bool
     values: NDArray[np.float64]
+    weight: NDArray[np.float64] | None = None
 
     def of(self, shard: int, size: int) -> NDArray[np.float64]:
         """Projections of what a shard should hold of it, [N, J]."""
         import torch
 
-        tensor = torch.from_numpy(self.values)
-        own = plans.Cut(dim=1).of(tensor, shard, size) if self.summed else tensor
+        own = torch.from_numpy(self.values)
+        if self.summed:
+            own = plans.Cut(dim=1).of(own, shard, size)
+        if self.weight is not None:
+            own = own @ plans.Cut(dim=0).of(torch.from_numpy(self.weight), shard, size)
         return projected(own)
 
 
@@ -80,7 +89,7 @@ def of_rank(engine: RankEngine, requests: Sequence[Request], continuations: Sequ
     blocks = hooks.block_names(engine.model)
     summed = evidence.summed_layers(engine)
     names = {name: evidence.name_in_model(engine, name) for name in [*blocks, *summed]}
-    with _collected(engine.model, [*blocks[:1], *summed], [*summed, *blocks]) as found:
+    with _collected(engine.model, [*blocks[:1], *summed], [*summed, *blocks]) as found, _partials(found, summed):
         _prefill(engine, requests, continuations)
     return [
         Shown(module=names[name], side=side, values=projected(_rows(parts)))
@@ -96,12 +105,25 @@ def of_whole(
     summed = plans.summed_layers(engine.model)
     with _collected(engine.model, [*blocks, *summed], [*summed, *blocks]) as found:
         _prefill(engine, requests, continuations)
-    return {
-        (name, side): Whole(
-            module=name, side=side, summed=side == "input" and name in summed, values=_rows(parts).double().numpy()
-        )
-        for (name, side), parts in found.items()
-    }
+    places: dict[tuple[str, Side], Whole] = {}
+    for (name, side), parts in found.items():
+        values, own = _rows(parts).double().numpy(), side == "input" and name in summed
+        places[name, side] = Whole(module=name, side=side, summed=own, values=values)
+        if own:
+            places[name, "partial"] = Whole(
+                module=name, side="partial", summed=True, values=values, weight=_inputs_first(engine.model, name)
+            )
+    return places
+
+
+def _inputs_first(model: Any, name: str) -> NDArray[np.float64]:
+    """A layer's weight [inputs, outputs] in float64: a Linear keeps it the other way round, a Conv1D so."""
+    from torch import nn
+
+    module = model.get_submodule(name)
+    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+    wide: NDArray[np.float64] = weight.detach().double().cpu().numpy()
+    return wide
 
 
 def _prefill(engine: HFEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> None:
@@ -125,9 +147,29 @@ def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @contextmanager
+def _partials(found: dict[tuple[str, Side], list[torch.Tensor]], summed: Sequence[str]) -> Iterator[None]:
+    """What is given to an all-reduce behind the input of a summed layer is this rank's partial product of it."""
+    import torch.distributed as dist
+
+    original = dist.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        last = next(reversed(found), None)
+        if last is not None and last[0] in summed and last[1] in ("input", "partial"):
+            found.setdefault((last[0], "partial"), []).append(tensor.clone())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        yield
+    finally:
+        dist.all_reduce = original
+
+
+@contextmanager
 def _collected(
     model: Any, inputs: Sequence[str], outputs: Sequence[str]
-) -> Iterator[Mapping[tuple[str, Side], list[torch.Tensor]]]:
+) -> Iterator[dict[tuple[str, Side], list[torch.Tensor]]]:
     """Inputs and outputs of named modules while the block lasts, in the order in which they are first computed."""
     found: dict[tuple[str, Side], list[torch.Tensor]] = {}
 
