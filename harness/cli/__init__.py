@@ -18,13 +18,16 @@ from harness.errors import HarnessError
 
 _INTERRUPTED = 130
 
+#: Commands that open engines, and thus can be started as several ranks by an outer launcher.
+_WITH_ENGINES = ("check", "record", "run")
+
 
 def main() -> None:
     """Entry point: one clear line for what users get wrong, and the exit code that belongs to it."""
     # Before torch is loaded: threads that spin while they wait take the cores from whoever else is on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(args=_arguments(), standalone_mode=False)
     except HarnessError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -40,6 +43,20 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}. Check that the path exists, is readable and has room", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _arguments() -> list[str]:
+    """The command line. Of several launched ranks only rank 0 gets to see it; the others end here, when it does."""
+    given = sys.argv[1:]
+    # What launchers call a rank: RANK, OMPI_COMM_WORLD_RANK, SLURM_PROCID, ... Only then is it worth a slow import.
+    if given[:1] and given[0] in _WITH_ENGINES and any(name.endswith(("RANK", "_PROCID")) for name in os.environ):
+        from harness.engines.ranks import outer
+
+        outer.follow()
+        if outer.launched() is not None:
+            # deepspeed adds it to the command of every rank.
+            given = [one for one in given if not one.startswith("--local_rank=")]
+    return given
 
 
 def _fail(line: str, code: int) -> None:

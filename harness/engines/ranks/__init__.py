@@ -2,6 +2,7 @@
 
 engine.py    what a user opens: one engine that asks a team of ranks
 spawned.py, worker.py    a team of processes on this machine, watched and cleaned up
+wire.py, scratch.py   what goes between this process and a rank; where a team writes
 outer.py     a team that an outer launcher (torchrun, deepspeed, srun, mpirun) has started
 serving.py   what every rank does with a request
 rank.py      the model of one rank: its stage of the blocks, its shard of each layer

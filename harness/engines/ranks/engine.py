@@ -327,7 +327,7 @@ class _Widened(ParallelEngine):
         self._team, self._config, self._tokenizer = loaded.team, loaded._config, loaded._tokenizer
         self.progress, self.capabilities = loaded.progress, loaded.capabilities
         self._differing = []
-        self._shown = self._merged(self.ask("widen"))
+        self._shown = self._merged(self.ask("widen", loading=True))
         return self
 
     def __exit__(

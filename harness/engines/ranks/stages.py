@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engines.ranks.layout import Place
-from harness.errors import ModelError, UsageError
+from harness.errors import ModelError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,9 @@ def stage_tensors(directory: Path, config: Any, layers: range, place: Place) -> 
     """The checkpoint's tensors of a stage, mapped from its files and not read yet; blocks are counted from 0.
 
     Raises:
-        ModelError: for a directory without .safetensors weights.
+        ModelError: for a directory without .safetensors weights, or a file of its index that cannot be read.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     wanted: dict[Path, list[str]] = {}
     for key, file in checkpoint_keys(directory).items():
@@ -91,9 +91,13 @@ def stage_tensors(directory: Path, config: Any, layers: range, place: Place) -> 
             wanted.setdefault(file, []).append(key)
     found = {}
     for file, keys in wanted.items():
-        with safe_open(file, framework="pt") as opened:
-            for key in keys:
-                found[renumbered(key, config, -layers.start)] = opened.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in keys:
+                    found[renumbered(key, config, -layers.start)] = opened.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            problem = f"{file} of the checkpoint cannot be read ({first_line(error)})"
+            raise ModelError(problem, fix="Check that all files of the index are there, as .safetensors") from None
     return found
 
 

@@ -1,6 +1,6 @@
 """A spawned rank: `python -m harness.engines.ranks.worker`, started by spawned.py and by nobody else.
 
-It answers requests from one pipe, and dies with the process that holds the other end of the second one.
+It answers requests from one socket, and dies with the process that holds the other end of a pipe.
 """
 
 from __future__ import annotations
@@ -8,15 +8,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-import traceback
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from harness.engines.ranks.failure import raised
+from harness.engines.ranks.wire import Wire
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -31,55 +35,58 @@ _PR_SET_PDEATHSIG = 1
 class Pulse:
     """Tells the parent that this rank gets on, from where the work is done: what hangs there is silent."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe, self._next, self._count = pipe, 0.0, 0
+    def __init__(self, send: Callable[[tuple[str, str]], None]) -> None:
+        self._send, self._next, self._count = send, 0.0, 0
 
     def __call__(self, what: str) -> None:
         self._count += 1
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _PULSE
-            self._pipe.send(("pulse", f"{what}, {self._count} blocks done"))
+            self._send(("pulse", f"{what}, {self._count} blocks done"))
 
 
-def main(pipe_fd: int, lifeline_fd: int, rank: int) -> None:
-    """Answer requests until the pipe is closed."""
+def main(wire_fd: int, lifeline_fd: int, rank: int, server: str) -> None:
+    """Answer requests until the parent has no more.
+
+    Args:
+        wire_fd: a socket; pairs (request, arguments) come, pairs (kind, value) go.
+        lifeline_fd: the end of a pipe that the parent holds the other end of, and never writes to.
+        rank: this rank's number.
+        server: MODULE:CLASS of what answers, made as serving.Server.
+    """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     _die_with_parent(lifeline_fd)
-    pipe = Connection(pipe_fd)
-    from harness.engines.ranks.serving import Server
-
-    pulse = Pulse(pipe)
-    server = Server(rank, _store, pulse)
-    pipe.send(("ready", None))
-    while True:
-        try:
-            request, arguments = pipe.recv()
-        except (EOFError, OSError):
-            break
-        try:
-            answer: tuple[str, Any] = ("done", server.answer(request, *arguments))
-        except BaseException as error:  # noqa: BLE001  # the parent tells it
-            answer = ("failed", _told(rank, error))
-        pipe.send(answer)
+    os.set_inheritable(wire_fd, False)
+    wire = Wire(socket.socket(fileno=wire_fd))
+    try:
+        module, _, name = server.partition(":")
+        answering = getattr(importlib.import_module(module), name)(rank, _store, Pulse(wire.send))
+        wire.send(("ready", None))
+        while (asked := _asked(wire)) is not None:
+            request, arguments = asked
+            wire.send(("done", answering.answer(request, *arguments)))
+    except BaseException as error:  # noqa: BLE001  # the parent tells it
+        # This rank stays, and keeps its connections, until the parent ends it: the others' complaints of a closed one
+        # would hide what has happened.
+        with contextlib.suppress(OSError):
+            wire.send(("failed", raised(rank, error)))
+            _asked(wire)
     # Neither threads of a group nor a peer that is gone may hold this process up.
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 
-def _told(rank: int, error: BaseException) -> Any:
-    from harness.engines.ranks.failure import Failure
-    from harness.errors import HarnessError, first_line
-
-    known = isinstance(error, HarnessError)
-    return Failure(
-        rank=rank,
-        kind="" if known else type(error).__name__,
-        message=error.problem if isinstance(error, HarnessError) else first_line(error, "no message"),
-        fix=error.fix if isinstance(error, HarnessError) else "",
-        trace="" if known else "".join(traceback.format_exception(error)).strip(),
-    )
+def _asked(wire: Wire) -> tuple[str, tuple[Any, ...]] | None:
+    """The next request, None when there is none left."""
+    try:
+        found: tuple[str, tuple[Any, ...]] = wire.receive()
+    except (EOFError, OSError):
+        return None
+    return found
 
 
 def _store(setup: Setup) -> Store:
@@ -91,6 +98,7 @@ def _store(setup: Setup) -> Store:
 
 def _die_with_parent(lifeline_fd: int) -> None:
     """End at once when the parent does, however it ends; a stopped process needs the kernel for that."""
+    os.set_inheritable(lifeline_fd, False)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
@@ -103,4 +111,4 @@ def _die_with_parent(lifeline_fd: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
