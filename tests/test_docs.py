@@ -29,12 +29,14 @@ SHORTER = (
     ("golden/bloom-tiny/core", "golden/bloom-tiny/headline"),
     (",static_cache=true,compile=true", ",static_cache=true"),
     (",show=tokens ", ",show=top "),  # tokens alone say too little about the one prompt of the shorter suite
+    ("--quick --diagnose || test $? = 1", "--quick"),  # templates of a suite take minutes
     ("--names --nulls 3000 --jobs 2", "--names --quick --only wc-tie-overwrites-head --host llama-untied"),
     ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),
     ("power --nulls 3000 --jobs 2", "power --nulls 1 --minutes 0.2"),
     ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),
     ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
     ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
+    ("harness power --ranks", "harness power --ranks --only tp-shard-0-layer --host gpt2-tiny"),
     ("power --jobs 2", "power --jobs 2 --quick --only wc-eps,plain --host llama-tiny"),
     ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),

@@ -15,7 +15,7 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     from harness.power.trial import Trial
 
-_MODES = "--nulls, --names, --spreads, --summary, --list and --model"
+_MODES = "--nulls, --names, --spreads, --summary, --list, --ranks and --model"
 
 
 @click.command()
@@ -23,6 +23,7 @@ _MODES = "--nulls, --names, --spreads, --summary, --list and --model"
 @click.option("--spreads", is_flag=True, help="Measure how far correct implementations scatter, for constants.py.")
 @click.option("--summary", is_flag=True, help="The table of the nulls that are there.")
 @click.option("--names", is_flag=True, help="Which bugs the templates name; with --nulls, on correct implementations.")
+@click.option("--ranks", is_flag=True, help="Which bugs of sharding are found in real ranks, and which rank is named.")
 @click.option("--list", "listed", is_flag=True, help="The held-out implementations, and the bug catalogue.")
 @click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Your model: what a check of it sees.")
 @click.option("--suite", type=click.Path(path_type=Path), metavar="FILE", help="Your suite, with --model.")
@@ -42,6 +43,7 @@ def power(
     spreads: bool,
     summary: bool,
     names: bool,
+    ranks: bool,
     listed: bool,
     model: Path | None,
     suite: Path | None,
@@ -64,13 +66,14 @@ def power(
     harness power --only wc-eps,at-scale --host llama-tiny
     harness power --nulls 3000 --jobs 2            false alarms on correct implementations
     harness power --names --nulls 3000 --jobs 2    which bugs --diagnose names, and names where there is none
+    harness power --ranks                          bugs of sharding in real ranks of tp and pp
     harness power --spreads --groups 2             how far these scatter
     harness power --model DIR --suite FILE         which bugs a check of your model on your suite sees
 
     What is done stays in the directory --work, and a run goes on where the last one ended.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     certified = model is not None or suite is not None
-    modes = [nulls is not None or names, spreads, summary, listed, certified].count(True)
+    modes = [nulls is not None or names, spreads, summary, ranks, listed, certified].count(True)
     table = not modes
     if modes > 1:
         raise UsageError(f"give one of {_MODES}, or none of them", fix="E.g. harness power --nulls 3000")
@@ -78,9 +81,9 @@ def power(
         raise UsageError("--spreads needs a number of --groups", fix="E.g. harness power --spreads --groups 2")
     if groups is not None and not (spreads or table):
         raise UsageError("--groups is of --spreads and of the bugs", fix="--nulls makes as many as it needs")
-    if not table and (as_reported or plot_file or ((only or hosts or quick) and not names)):
+    if not table and (as_reported or plot_file or ((only or hosts) and not (names or ranks)) or (quick and not names)):
         raise UsageError("--only, --host, --quick, --as-reported and --plot are of the bugs", fix=f"Leave out {_MODES}")
-    if (summary or listed) and (shard or minutes or jobs):
+    if (summary or ranks or listed) and (shard or minutes or jobs):
         raise UsageError("--shard, --jobs and --minutes are of a run", fix="Give them with --nulls or --spreads")
     if shard and jobs:
         raise UsageError("--shard is one process, --jobs are several", fix="Give one of them")
@@ -109,6 +112,10 @@ def power(
     again = _Again(work=work, jobs=jobs or 1, minutes=minutes)
     if model is not None and suite is not None:
         _certify(model, suite, work, json_file)
+    elif ranks:
+        from harness.cli.power_ranks import check_ranks
+
+        return check_ranks(_split(only), _split(hosts), json_file)
     elif listed:
         _list_all()
     elif groups is not None and spreads:

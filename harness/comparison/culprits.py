@@ -66,6 +66,7 @@ def _rms(values: NDArray[np.float64]) -> float:
 
 def _in_words(one: Shown, wrong: list[int], ranks: list[int], stage: int, layout: Layout, enters: bool) -> str:
     named = f"rank{'s' if len(wrong) > 1 else ''} {', '.join(map(str, wrong))}"
+    its = "their" if len(wrong) > 1 else "its"
     of_stage = f" of stage {stage}" if layout.stages > 1 else ""
     if enters and stage > 0:
         return f"what stage {stage} is sent (the input of {one.module}), though all of stage {stage - 1} is right"
@@ -73,11 +74,11 @@ def _in_words(one: Shown, wrong: list[int], ranks: list[int], stage: int, layout
         return f"the input of the first block, {one.module}: the embedding"
     if one.side == "input":
         if len(wrong) < len(ranks):
-            return f"{named}{of_stage}: its part of the input of {one.module}; the other ranks' parts are right"
+            return f"{named}{of_stage}: {its} part of the input of {one.module}; the other ranks' parts are right"
         return f"the input of {one.module}, on every rank{of_stage}"
     if one.side == "partial":
         if len(wrong) < len(ranks):
-            return f"{named}{of_stage}: its partial product of {one.module}; the other ranks' products are right"
+            return f"{named}{of_stage}: {its} partial product of {one.module}; the other ranks' products are right"
         return f"the partial products of {one.module}, on every rank{of_stage}, though their inputs are right"
     if one.module[-1:].isdigit():
         return f"the output of {one.module}{of_stage}"

@@ -91,12 +91,11 @@ def test_the_numbers_alone_find_it(traced, bug, host):
     assert verdict.status is Status.DEVIATES, str(verdict)
 
 
-#: Where one rank or stage is wrong and no weight shows it: what the report says. A rank's own product before the sum is
-#: not shown, so that one which hands it over rounded is not told from the others: the sum is named.
+#: Where one rank or stage is wrong and no weight shows it: what the report says.
 FIRST_WRONG = {
     "pos-alibi-rank-slopes": "rank 1: its part of the input of transformer.h.0.self_attention.dense; the other ranks'",
     "pp-batch-mix": "what stage 1 is sent (the input of model.layers.3), though all of stage 0 is right",
-    "tp-bf16-reduce-rank": "the output of transformer.h.0.self_attention.dense, though every rank's input of it is",
+    "tp-bf16-reduce-rank": "rank 1: its partial product of transformer.h.0.self_attention.dense; the other ranks'",
 }
 
 

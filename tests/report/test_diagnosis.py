@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from harness.comparison import likeness
 from harness.comparison.context import compare_context
-from harness.report.diagnosis import diagnosis_lines, likeness_words, untestable_words
+from harness.report.diagnosis import diagnosis_lines, layer_words, likeness_words, untestable_words
 from harness.report.json import schema
-from harness.values import Answer, Diagnosis, Likeness, Status
+from harness.values import Answer, Diagnosis, Layer, Likeness, Status
 from tests.report import verdicts
 from tests.templates import tiny
 
@@ -82,6 +82,73 @@ def test_a_reason_stands_alone():
     ]
 
 
+# --- blocks ------------------------------------------------------------------------------------
+
+
+def _layer(coefficient, *blocks, error=0.01):
+    return Layer(blocks=blocks, coefficient=coefficient, error=error)
+
+
+def _each(*coefficients, error=0.01):
+    """Of blocks 0, 1, ..."""
+    return tuple(_layer(one, block, error=error) for block, one in enumerate(coefficients))
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        ((), ""),
+        (_each(0.93, 1.05, 1.0), "in every block (a = 0.93 to 1.05)"),
+        (_each(0.2, 0.2, 0.2), "in every block (a = 0.20)"),
+        (_each(0.01, 0.0, -0.06, 0.98), "in block 3 alone (a = 0.98; the others within 0.06)"),
+        (_each(0.01, 0.0, -0.98), "in block 2 alone (a = -0.98; the others within 0.01)"),
+        (_each(0.9, 0.0, 0.06, 0.0, 1.0), "in blocks 0 and 4 (a = 0.90 to 1.00; the others within 0.06)"),
+        (_each(1.0, -1.0), "in block 0 alone (a = 1.00; the others within 1)"),
+        (_each(1.0, 1.0, 0.0, 1.0), "in blocks 0, 1 and 3 (a = 1.00; the others within 0)"),
+        (
+            (_layer(1.0, 0), _layer(0.6, 1, error=0.3), _layer(0.0, 2)),
+            "in block 0 (a = 1.00; the others within 0; block 1 cannot be told)",
+        ),
+        ((_layer(1.0, 0), _layer(0.6, 1, error=0.3)), "in block 0 (a = 1.00; block 1 cannot be told)"),
+        (_each(1.0, 0.5, error=0.6), "in blocks that cannot be told"),
+        ((_layer(1.0, 1),), "in block 1, where alone it changes anything (a = 1.00)"),
+        ((_layer(0.99), *_each(1.0, 1.0)), "in every block (a = 0.99 to 1.00)"),
+        ((_layer(0.0), *_each(1.0, 1.0)), "in blocks 0 and 1 (a = 1.00; the others within 0)"),
+        ((_layer(1.0), *_each(0.0, 0.0)), "in what is outside the blocks alone (a = 1.00; the others within 0)"),
+        ((_layer(1.0), *_each(0.0, 1.0)), "in block 1 and what is outside the blocks (a = 1.00; the others within 0)"),
+        (
+            (_layer(0.0, 0, 1, 2), _layer(1.0, 3, 4, 5), _layer(0.0, 6)),
+            "in blocks 3 to 5 alone (a = 1.00; the others within 0)",
+        ),
+    ],
+)
+def test_blocks(layers, text):
+    """All, one, some; those that are too near to half of the largest are said not to be known."""
+    assert layer_words(layers) == text
+
+
+def test_a_named_bug_is_told_with_its_blocks():
+    """The blocks stand in the line of the bug."""
+    one = replace(_NAMED, named=(replace(_GELU, layers=_each(0.0, 1.0)),))
+    assert diagnosis_lines(_answer(one))[0] == (
+        "precision: looks like na-gelu (a = 1.02, z = 12.0) in block 1 alone (a = 1.00; the others within 0): "
+        "erf GELU where the model has tanh GELU"
+    )
+
+
+def test_a_bug_in_some_blocks_is_a_hint():
+    """Where the bug as a whole explains too little, its blocks are told before what was not found."""
+    first, second = diagnosis_lines(_answer(replace(_NONE, nearest=(replace(_GELU, layers=_each(0.0, 1.0)), _ROW))))
+    assert first == (
+        "precision: looks like na-gelu in block 1 alone (a = 1.00; the others within 0), a hint: "
+        "erf GELU where the model has tanh GELU"
+    )
+    assert second == (
+        "precision: like no bug of the catalogue as a whole: the largest |z| of 74 templates stays below 6.0 by "
+        "chance; nearest na-gelu (a = 1.02, z = 12.0), x-row-scaled at 0.1 (a = -0.50, z = -2.2)"
+    )
+
+
 @pytest.mark.parametrize(
     ("aliases", "text"),
     [
@@ -141,13 +208,28 @@ def test_json_is_valid_with_and_without(diagnosis):
 
 def test_json_holds_all_of_it():
     """Every field is there under its name, with every digit."""
-    data = _written(_FULL)
+    layers = (_layer(0.01, error=0.02), _layer(1.0, 4, 5, error=0.02))
+    data = _written(replace(_FULL, named=(replace(_GELU, layers=layers),)))
     assert data == {
         "limit": 6.04,
         "named": [
-            {"name": "na-gelu", "wrong": _GELU.wrong, "coefficient": 1.02, "raw": 0.9, "z": 12.04, "aliases": []}
+            {
+                "name": "na-gelu",
+                "wrong": _GELU.wrong,
+                "coefficient": 1.02,
+                "raw": 0.9,
+                "z": 12.04,
+                "aliases": [],
+                "layers": [
+                    {"blocks": [], "coefficient": 0.01, "error": 0.02},
+                    {"blocks": [4, 5], "coefficient": 1.0, "error": 0.02},
+                ],
+            }
         ],
-        "nearest": [data["named"][0], {**data["nearest"][1], "name": "x-row-scaled at 0.1", "z": -2.25}],
+        "nearest": [
+            {**data["named"][0], "layers": []},
+            {**data["nearest"][1], "name": "x-row-scaled at 0.1", "z": -2.25},
+        ],
         "templates": 74,
         "untestable": {"wc-eps": 31.2},
         "residual": ["3.1 x round-off", "in prompt 'a' alone"],
@@ -171,6 +253,7 @@ def test_no_number_is_beyond_json(z, limit, needed):
         {"templates": -1},
         {"templates": None},
         {"named": [{"name": "x"}]},
+        {"named": [{"name": "x", "wrong": "", "coefficient": 1, "raw": 1, "z": 1, "aliases": [], "layers": [{}]}]},
         {"named": {}},
         {"residual": "none"},
         {"untestable": {"a": "many"}},

@@ -23,6 +23,7 @@ from harness.values import (
     Diagnosis,
     Difference,
     Finding,
+    Layer,
     Likeness,
     PassSummary,
     Power,
@@ -208,6 +209,7 @@ _OBJECTS = {
     "sharding": (Sharding, set()),
     "diagnosis": (Diagnosis, set()),
     "likeness": (Likeness, set()),
+    "layer": (Layer, set()),
 }
 _NAMES = {kind: name for name, (kind, _) in _OBJECTS.items()}
 

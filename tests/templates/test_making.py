@@ -27,7 +27,7 @@ def bank():
 @pytest.fixture(scope="module")
 def work():
     """The passes that they are of."""
-    return making._Work.of(tiny.golden(), tiny.MODEL)
+    return making.Work.of(tiny.golden(), tiny.MODEL)
 
 
 def shown(name=None, strength=1.0, precision="float32"):
@@ -339,4 +339,4 @@ def test_the_run_is_the_one_that_the_runner_shows():
     )
     golden = replace(tiny.golden(), suite=replace(tiny.golden().suite, runs=runs))
     assert making.diagnosed_run(golden) is wanted is runner.first_whole(runs)
-    assert making._Work.of(golden, tiny.MODEL).views == ("prefill",)
+    assert making.Work.of(golden, tiny.MODEL).views == ("prefill",)
