@@ -208,8 +208,9 @@ def sharded(golden: Golden, model: str, run: Run, *, dtype: str, attention: str,
     from harness import replicas
 
     draw = replicas.Draw(ordered=ranks)
-    options = f"hf:dtype={dtype},attn={attention},threads={threads}"
-    with hf.build(parse_spec(options), model=model) as engine, replicas.applied(engine.model, draw):
+    # Never by a SPEC: what a trace says of itself may be anything.
+    options = hf.Options(model=model, dtype=dtype, attn=attention, threads=threads)
+    with hf.HFEngine(options, text="reference") as engine, replicas.applied(engine.model, draw):
         return runner.run_suite(
             engine,
             golden.suite,

@@ -591,6 +591,21 @@ class Power:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """How much of a bug is in some of a model's blocks, fitted together with all others.
+
+    Attributes:
+        blocks: from 0, neighbours in a deep model; none for what the bug does outside them.
+        coefficient: 1 where the bug is there as the catalogue has it, 0 where it is not.
+        error: standard error of the coefficient.
+    """
+
+    blocks: tuple[int, ...]
+    coefficient: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Likeness:
     """What an error has in common with what one bug of the catalogue does.
 
@@ -601,6 +616,8 @@ class Likeness:
         raw: the same where what replicas have in common is left in the error.
         z: the coefficient over its standard error.
         aliases: other bugs that this suite cannot tell from it.
+        layers: how much of it is in which blocks; empty where that was not fitted, for a bug that no block has a part
+            of, and for one that is not named and not beyond chance in any block either.
     """
 
     name: str
@@ -609,6 +626,7 @@ class Likeness:
     raw: float
     z: float
     aliases: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -708,6 +726,7 @@ class Sharding:
         equal: share of positions at which it equals that one to the bit.
         first_wrong: the first place where a rank leaves the reference, in words; "" where there is none or none was
             looked for.
+        reason: why something of this is not there, in words; "" where all is.
     """
 
     ranks: int = 1
@@ -715,6 +734,7 @@ class Sharding:
     emulated: float | None = None
     equal: float | None = None
     first_wrong: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from harness.comparison import effective, entries, exact, likeness, logits, quan
 from harness.comparison.context import Comparison, Context, Spreads, compare_context, declared_precision
 from harness.comparison.tokens import diverged
 from harness.engines.runner import views_of
+from harness.templates.layers import Maker
 from harness.values import (
     NOT_USED,
     Answer,
@@ -62,6 +63,7 @@ def compare(
     scoring: Scoring | None = None,
     spreads: Spreads | None = None,
     templates: Templates | None = None,
+    maker: Maker | None = None,
 ) -> Comparison:
     """All findings of one trace against one golden, with what the comparison could have seen.
 
@@ -72,11 +74,14 @@ def compare(
         scoring: what the live reference was asked at check time.
         spreads: scatters of the statistics between families, those of constants.py by default.
         templates: of the bug catalogue, where the trace was made with their basis.
+        maker: makes what a bug does in single blocks, once one is named.
 
     Where the structure is wrong nothing numeric is compared: the numbers would be of another question.
     """
     runs = golden.suite.runs if runs is None else runs
-    shipped = _one_question(golden, trace, runs, None, scoring=scoring, spreads=spreads, templates=templates)
+    shipped = _one_question(
+        golden, trace, runs, None, scoring=scoring, spreads=spreads, templates=templates, maker=maker
+    )
     if declared_precision(trace.settings) in ("float32", "float64"):
         return shipped
     wide, reason = trace.upcast, trace.upcast_reason
@@ -115,6 +120,7 @@ def compare(
         scoring=scoring,
         spreads=spreads,
         templates=templates,
+        maker=maker,
     )
     return Comparison(
         findings=(*function.findings, *shipped.findings),
@@ -143,6 +149,7 @@ def _one_question(
     scoring: Scoring | None,
     spreads: Spreads | None,
     templates: Templates | None,
+    maker: Maker | None,
 ) -> Comparison:
     """Everything about one run of the candidate."""
     question: Question = "function" if declared_precision(trace.settings) == "float32" else "precision"
@@ -157,7 +164,7 @@ def _one_question(
     more, found, smallest, seems = _numbers(context)
     diagnosis = None
     if templates is not None:
-        diagnosis, named = likeness.diagnose(context, templates)
+        diagnosis, named = likeness.diagnose(context, templates, maker)
         more = [*named, *more]
     findings += more
     return Comparison(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.comparison import residual
+from harness.comparison import layering, residual
 from harness.comparison.context import Context
 from harness.numerics.constants import ALPHA_TEMPLATES
 from harness.numerics.matched import Filter, Match, Sums, fits
 from harness.report.diagnosis import likeness_words
 from harness.templates.fitting import Projector, filter_of, part_of, places_of, sums_of
+from harness.templates.layers import Maker
 from harness.values import Diagnosis, Finding, Likeness, Status, TemplateNoise, Templates
 
 Float64 = NDArray[np.float64]
+
+#: Share of the limit from which a bug is looked for in single blocks. A choice of cost, of no verdict.
+_HALF = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,21 +52,25 @@ class Fitted:
     named: tuple[Match, ...]
 
 
-def diagnose(context: Context, bank: Templates) -> tuple[Diagnosis, list[Finding]]:
-    """What the templates say, and a finding for each bug that is there as the catalogue has it."""
+def diagnose(context: Context, bank: Templates, maker: Maker | None = None) -> tuple[Diagnosis, list[Finding]]:
+    """What the templates say, and a finding for each bug that is there as the catalogue has it.
+
+    ``maker`` makes what a bug does in single blocks; without it nothing is said of blocks.
+    """
     fitted, reason = fit(context, bank)
     if fitted is None:
         return Diagnosis(reason=reason), []
     one = fitted.filter
     ranked = one.ranked(fitted.sums)
     needed = {index: one.needed(index, fitted.limit) for index in range(len(bank.names))}
+    left = residual.words(context, fitted, places_of(bank, fitted.noise, fitted.views))
     diagnosis = Diagnosis(
         limit=fitted.limit,
-        named=tuple(_likeness(fitted, match) for match in fitted.named),
-        nearest=tuple(_likeness(fitted, match) for match in ranked[:2]),
+        named=_named(fitted, maker),
+        nearest=_nearest(fitted, ranked[:2], bool(left), maker),
         templates=len(bank.names),
         untestable={_name(bank, index): multiple for index, multiple in needed.items() if multiple > 1},
-        residual=residual.words(context, fitted, places_of(bank, fitted.noise, fitted.views)),
+        residual=left,
     )
     # At another strength it is a hint, and the error's own size and statistics decide.
     return diagnosis, [_finding(context, fitted, match) for match in fitted.named if fits(match.coefficient)]
@@ -123,6 +132,55 @@ def _error(context: Context, bank: Templates) -> tuple[Float64, list[int]]:
         error[rows] = fine @ bank.turn - centre[rows]
         views.append(index)
     return error, views
+
+
+# --- in which blocks ---------------------------------------------------------------------------
+
+
+def _named(fitted: Fitted, maker: Maker | None) -> tuple[Likeness, ...]:
+    """The bugs that the error is made of, each with its blocks."""
+    found = []
+    for match in fitted.named:
+        parts = None if maker is None else maker(*fitted.bank.names[match.index])
+        others = [one for one in fitted.named if one is not match]
+        layers = () if parts is None else layering.fit(fitted, match, parts, others).layers
+        found.append(replace(_likeness(fitted, match), layers=layers))
+    return tuple(found)
+
+
+def _nearest(fitted: Fitted, ranked: list[Match], left: bool, maker: Maker | None) -> tuple[Likeness, ...]:
+    """The best templates, the first that is there in some of its blocks with these.
+
+    A bug in one block of many is little of its template. Blocks are tried where something is there: an error that is
+    ``left`` beyond round-off, or a |z| beyond its limit that explains too little. So of a correct candidate hardly
+    any run is made.
+    """
+    found = [_likeness(fitted, match) for match in ranked]
+    if fitted.named or maker is None:
+        return tuple(found)
+    for number, match in enumerate(ranked):
+        if abs(match.z) > fitted.limit * (_HALF if left else 1.0) and (one := _in_blocks(fitted, match, maker)):
+            found[number] = one
+            break
+    return tuple(found)
+
+
+def _in_blocks(fitted: Fitted, match: Match, maker: Maker) -> Likeness | None:
+    """A bug that is what the error is made of in some of its blocks, at the strength that it has there."""
+    bank = fitted.bank
+    for _ in range(2):
+        parts = maker(*bank.names[match.index])
+        one = None if parts is None else layering.fit(fitted, match, parts)
+        if one is None or not one.explains:
+            return None
+        if fits(one.largest):
+            return replace(_likeness(fitted, match), layers=one.layers)
+        # A bug in one block is about that bug at a lower strength in all, which ranked first.
+        name, strength = bank.names[match.index]
+        others = [index for index, (other, _) in enumerate(bank.names) if other == name]
+        far = {index: abs(math.log(abs(one.largest) * strength / bank.names[index][1])) for index in others}
+        (match,) = fitted.filter.fit(fitted.sums, [min(others, key=far.__getitem__)])
+    return None
 
 
 # --- in words ----------------------------------------------------------------------------------

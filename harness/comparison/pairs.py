@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -37,8 +38,8 @@ def _row(contexts: tuple[Context, Context], one: Pass, other: Pass) -> PairRow:
     found = PairRow(run=one.run, view=one.view, repeat=one.repeat)
     if one.rows is None or other.rows is None:
         pairs = list(zip(one.generations, other.generations, strict=True))
-        differ = sum(x != y for a, b in pairs for x, y in zip(a.tokens, b.tokens, strict=False))
-        return replace(found, differ=differ, steps=sum(len(a.tokens) for a, _ in pairs))
+        differ = sum(x != y for a, b in pairs for x, y in zip_longest(a.tokens, b.tokens))
+        return replace(found, differ=differ, steps=sum(max(len(a.tokens), len(b.tokens)) for a, b in pairs))
     place, generated = contexts[0].place(one.rows), one.rows.generated
     differ = int((one.rows.argmax[generated] != other.rows.argmax[generated]).sum())
     found = replace(found, equal=_equal(one.rows, other.rows), differ=differ, steps=int(generated.sum()))

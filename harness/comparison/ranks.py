@@ -10,16 +10,30 @@ from harness.values import Finding, Status, Trace
 _SHOWN = 3
 
 
+#: What a rank must say of itself to be one of ours: an engine may show anything under this name.
+_KEYS = {"rank": int, "stage": int, "shard": int, "blocks": list, "unlike_checkpoint": list}
+
+
+def ranks_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the ranks of a `tp` or `pp` engine say of themselves; empty for any other engine."""
+    ranks = settings.get("ranks")
+    if not isinstance(ranks, list | tuple) or not all(isinstance(one, Mapping) for one in ranks):
+        return []
+    proper = all(isinstance(one.get(key), kind) for one in ranks for key, kind in _KEYS.items())
+    proper = proper and all([type(edge) for edge in one["blocks"]] == [int, int] for one in ranks)
+    return list(ranks) if proper else []
+
+
 def check(trace: Trace) -> Iterator[Finding]:
     """What the settings' ``ranks`` prove wrong; nothing for an engine that has none."""
-    ranks = trace.settings.get("ranks")
-    if not isinstance(ranks, Sequence) or not ranks:
+    ranks = ranks_of(trace.settings)
+    if not ranks:
         return
     yield from _blocks(trace.settings, ranks)
     for rank in ranks:
         yield from _weights(rank)
-    differing = [str(one) for one in trace.settings.get("differing") or []]
-    if differing:
+    differing = trace.settings.get("differing")
+    if isinstance(differing, list) and differing:
         yield _structural(
             "ranks agree",
             f"ranks that should hold the same differ, first at {differing[0]}",
@@ -29,7 +43,8 @@ def check(trace: Trace) -> Iterator[Finding]:
 
 def _blocks(settings: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Every shard's stages hold every block once, in order."""
-    total = int(settings.get("blocks") or 0)
+    blocks = settings.get("blocks")
+    total = blocks if isinstance(blocks, int) else 0
     for shard in sorted({rank["shard"] for rank in ranks}):
         own = sorted((rank for rank in ranks if rank["shard"] == shard), key=lambda rank: rank["stage"])
         next_ = 0

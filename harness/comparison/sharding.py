@@ -23,7 +23,7 @@ def measure(golden: Golden, trace: Trace, emulated: Sequence[Pass]) -> Sharding:
         trace: what the candidate did.
         emulated: passes of the reference with those sums; the candidate's of the same run and view are compared.
     """
-    ranks = int(str(trace.settings.get("tensor_parallel", 1)))
+    ranks = int(trace.settings["tensor_parallel"])
     context = compare_context(golden, trace)
     by_name = {(one.run, one.view): one for one in emulated}
     plain, other, equal = [], [], []

@@ -48,6 +48,11 @@ class Engine(ABC):
         """Free everything and restore what was pinned."""
 
     @property
+    def lost(self) -> bool:
+        """Whether it is gone for good: a process of it has ended."""
+        return False
+
+    @property
     @abstractmethod
     def settings(self) -> Mapping[str, Any]:
         """What is in force, read back from the live engine: dtype, attention, cache, threads, weights..."""

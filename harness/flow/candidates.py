@@ -108,4 +108,5 @@ def candidates(directory: Path, *, quick: bool, allow_code: bool = False) -> lis
 
 def _executes(text: str) -> bool:
     """Whether a SPEC runs code that it names."""
-    return is_port(text) or parse_spec(text).options.get("trust_remote_code") == "true"
+    options = parse_spec(text).options
+    return is_port(text) or options.get("trust_remote_code") == "true" or "prepare" in options

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from harness import scorer
 from harness.comparison import Spreads, compare, diverged
 from harness.comparison.context import declared_precision, refuse_wider
+from harness.comparison.ranks import ranks_of
 from harness.engines import build_engine, hf
 from harness.engines.ranks.outer import Followed
 from harness.environment import differences
@@ -23,6 +24,7 @@ from harness.flow.references import read, reference_directory
 from harness.flow.running import asked_runs, forced_trace, refuse_other_model, silent, templates
 from harness.flow.sharding import sharding_of
 from harness.numerics import quantise
+from harness.templates.layers import Layered, Maker, layered
 from harness.values import Golden, Request, Rows, Scoring, Status, Templates, Trace, Verdict
 from harness.verdict import failed, judge
 
@@ -70,15 +72,17 @@ def check(
     name = candidate.engine if isinstance(candidate, Trace) else name_of(candidate)
     refused = partial(failed, golden=golden.name, candidate=name)
     try:
-        # Read once: the whole checkpoint is hashed for it. A trace needs it for templates and for sums alone.
+        # Read once: the whole checkpoint is hashed for it. A trace needs it for templates, and for sums of ranks.
         given = candidate if isinstance(candidate, Trace) else None
-        needed = diagnose or given is None or "ranks" in given.settings
+        needed = diagnose or given is None
         directory = reference_directory(golden, reference) if needed else None
         # Before the engine is opened, whose settings are not for the reference.
         bank = templates(golden, directory, progress) if diagnose else None
+        maker = None if bank is None or directory is None else _maker(golden, directory, bank, progress)
         if given is not None:
-            verdict = _judged(golden, given, quick, reference, spreads, bank, progress)
-            verdict = replace(verdict, sharding=sharding_of(golden, given, directory, progress))
+            verdict = _judged(golden, given, quick, reference, spreads, bank, maker, progress)
+            beside = _model_for_sums(golden, given, reference) if directory is None else directory
+            verdict = replace(verdict, sharding=sharding_of(golden, given, beside, progress, None, verdict))
         else:
             basis = None if bank is None else bank.basis
             engine = engine_of(candidate, directory)
@@ -86,7 +90,7 @@ def check(
             with engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
-                verdict = _judged(golden, trace, quick, reference, spreads, bank, progress)
+                verdict = _judged(golden, trace, quick, reference, spreads, bank, maker, progress)
                 verdict = replace(verdict, sharding=sharding_of(golden, trace, directory, progress, engine, verdict))
     except StaleError as error:
         return refused(Status.STALE, error.problem, fix=error.fix, check="model")
@@ -104,6 +108,26 @@ def check(
     return replace(verdict, seconds=time.perf_counter() - started)
 
 
+def _model_for_sums(golden: Golden, trace: Trace, reference: str | Path | None) -> Path | None:
+    """The golden's model where a trace of ranks may want it; another model there is no reason to refuse the trace."""
+    if not ranks_of(trace.settings):
+        return None
+    try:
+        return reference_directory(golden, reference)
+    except StaleError:
+        return None
+
+
+def _maker(golden: Golden, directory: Path, bank: Templates, progress: Progress) -> Maker:
+    """Runs the reference with a bug in single blocks, once for both questions."""
+
+    @cache
+    def make(name: str, strength: float) -> Layered | None:
+        return layered(golden, directory, bank, name, strength, progress)
+
+    return make
+
+
 def _judged(
     golden: Golden,
     trace: Trace,
@@ -111,6 +135,7 @@ def _judged(
     reference: str | Path | None,
     spreads: Spreads | None,
     bank: Templates | None,
+    maker: Maker | None,
     progress: Progress,
 ) -> Verdict:
     """The verdict on a trace; one of the quick runs alone is judged by these, whatever is asked."""
@@ -118,7 +143,7 @@ def _judged(
     trace = _only(trace, {one.name for one in runs}) if quick and not trace.quick else trace
     asked = scoring(golden, trace, reference, progress)
     return judge(
-        compare(golden, trace, runs, scoring=asked, spreads=spreads, templates=bank),
+        compare(golden, trace, runs, scoring=asked, spreads=spreads, templates=bank, maker=maker),
         golden=golden.name,
         candidate=trace.engine,
         settings=trace.settings,

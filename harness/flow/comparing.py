@@ -31,6 +31,8 @@ def compare(
         HarnessError: for what cannot be read, and for two traces without a golden.
     """
     first, second = _read(a), _read(b)
+    if golden is not None and not (isinstance(first, Trace) and isinstance(second, Trace)):
+        raise UsageError("a golden beside the two is of two traces alone", fix="Leave --golden (golden=) out")
     if isinstance(first, Golden) and isinstance(second, Golden):
         return compare_goldens(first, second)
     if isinstance(first, Golden) and isinstance(second, Trace):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from harness.engines import hf
 from harness.engines.ranks import spawned
-from harness.engines.ranks.layout import Layout, refusal
+from harness.engines.ranks.engine import why_not
+from harness.engines.ranks.layout import Layout
 from harness.errors import ModelError
 from harness.flow.references import read, reference_directory
 from harness.reference import PRECISIONS
@@ -49,7 +50,7 @@ def cells(golden: str | Path, reference: str | Path | None = None) -> Iterator[C
     config = hf.load_config(str(model))
     for layout in LAYOUTS:
         for dtype in PRECISIONS:
-            reason = refusal(layout, config)
+            reason = why_not(layout, config)
             if not reason and dtype not in found.floors:
                 reason = f"the golden has no floor for {dtype}"
             yield Cell(layout=layout, dtype=dtype, spec=_spec(layout, dtype), reason=reason)

@@ -171,7 +171,7 @@ def _with_upcast(
                 reason = f"its float32 copy still computes in 16 bits ({narrow})"
                 return replace(trace, upcast_reason=reason)
     except (Exception, SystemExit) as error:  # whatever it does when it is widened, its run as shipped still counts
-        if os.environ.get("HARNESS_TRACEBACK"):
+        if os.environ.get("HARNESS_TRACEBACK") or engine.lost:
             raise
         first = first_line(error, "no message")
         return replace(trace, upcast_reason=f"its float32 copy fails ({type(error).__name__}: {first})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,9 +11,12 @@ from pathlib import Path
 from harness import replicas, scorer
 from harness.comparison import culprits, sharding
 from harness.comparison.context import declared_precision
+from harness.comparison.ranks import ranks_of
 from harness.engines import Engine, hf, runner
 from harness.engines.ranks import probes
 from harness.engines.ranks.engine import ParallelEngine
+from harness.engines.ranks.layout import Layout, refusal
+from harness.errors import first_line
 from harness.flow.running import asked_runs
 from harness.values import Golden, Question, Sharding, Status, Trace, Verdict
 
@@ -35,25 +39,39 @@ def sharding_of(
         engine: the candidate, still open; None for a trace.
         verdict: on the trace: where it fails, the engine's ranks are looked into.
     """
-    if "ranks" not in trace.settings or trace.vocabulary < golden.vocabulary:
+    size = trace.settings.get("tensor_parallel")
+    if not ranks_of(trace.settings) or not isinstance(size, int) or trace.vocabulary < golden.vocabulary:
         return None
-    found = Sharding(ranks=int(str(trace.settings.get("tensor_parallel", 1))))
+    found = Sharding(ranks=size)
     status = None if verdict is None else verdict.status
-    if model is None or status not in (None, Status.IDENTICAL, Status.DRIFT, Status.DEVIATES):
+    if model is None or status not in (Status.IDENTICAL, Status.DRIFT, Status.DEVIATES):
         return found
-    found = _sums(golden, trace, model, found, progress)
-    if isinstance(engine, ParallelEngine) and verdict is not None and status is Status.DEVIATES:
-        failed = [one.question for one in verdict.answers if not one.status.ok]
-        return replace(found, first_wrong=_first_wrong(golden, engine, failed[0], model, progress))
+    try:
+        found = _sums(golden, trace, model, found, progress)
+        if isinstance(engine, ParallelEngine) and verdict is not None and status is Status.DEVIATES:
+            failed = [one.question for one in verdict.answers if not one.status.ok]
+            return replace(found, first_wrong=_first_wrong(golden, engine, failed[0], model, progress))
+    except Exception as error:  # noqa: BLE001  # this tells more of a verdict, and never takes its place
+        return replace(found, reason=f"{type(error).__name__}: {first_line(error, 'no message')}")
     return found
 
 
 def _sums(golden: Golden, trace: Trace, model: Path, found: Sharding, progress: Callable[[str], None]) -> Sharding:
     """With its distance from the reference with the sums of its ranks, where these are gloo's."""
-    dtype = declared_precision(trace.settings)
-    run = runner.first_whole(asked_runs(golden, trace.quick))
-    known = dtype in hf.DTYPES and dtype in golden.floors and trace.settings.get("device") == "cpu"
+    dtype, run = declared_precision(trace.settings), runner.first_whole(asked_runs(golden, trace.quick))
+    attention, threads = trace.settings.get("attn"), trace.settings.get("threads")
+    # What a trace says of itself may be anything: only what such an engine can have is run.
+    known = (
+        dtype in hf.DTYPES
+        and dtype in golden.floors
+        and trace.settings.get("device") == "cpu"
+        and attention in ("eager", "sdpa")
+        and isinstance(threads, int)
+        and 1 <= threads <= (os.cpu_count() or 1)
+    )
     if found.ranks == 1 or run is None or not known:
+        return found
+    if refusal(Layout(tensor=found.ranks), hf.load_config(str(model))):
         return found
     progress(f"reference with the sums of {found.ranks} ranks")
     emulated = scorer.sharded(
@@ -61,9 +79,9 @@ def _sums(golden: Golden, trace: Trace, model: Path, found: Sharding, progress: 
         str(model),
         run,
         dtype=dtype,
-        attention=str(trace.settings.get("attn")),
+        attention=str(attention),
         ranks=found.ranks,
-        threads=int(str(trace.settings.get("threads", 1))),
+        threads=int(str(threads)),
     )
     return sharding.measure(golden, trace, emulated.passes)
 

@@ -14,6 +14,7 @@ from harness.values import (
     Diagnosis,
     Difference,
     Finding,
+    Layer,
     Likeness,
     PassSummary,
     Power,
@@ -76,10 +77,13 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
-    likenesses = {
-        name: [_fields(one, Likeness.__slots__) for one in getattr(diagnosis, name)] for name in ("named", "nearest")
-    }
+    likenesses = {name: [_likeness(one) for one in getattr(diagnosis, name)] for name in ("named", "nearest")}
     return {**_fields(diagnosis, Diagnosis.__slots__), **likenesses}
+
+
+def _likeness(likeness: Likeness) -> dict[str, Any]:
+    layers = [_fields(one, Layer.__slots__) for one in likeness.layers]
+    return {**_fields(likeness, Likeness.__slots__), "layers": layers}
 
 
 def _power(power: Power | None) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ def sharding_lines(sharding: Sharding | None, *, ok: bool) -> Iterator[str]:
         return
     if sharding.first_wrong:
         yield f"first wrong: {sharding.first_wrong}"
+    if sharding.reason:
+        yield f"not seen: inside the ranks: {sharding.reason}"
     if ok and sharding.plain is not None and sharding.emulated is not None and sharding.equal is not None:
         yield (
             f"sums of {sharding.ranks} ranks: error {sharding.emulated:.2g} x round-off about a reference that sums as "

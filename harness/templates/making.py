@@ -40,7 +40,7 @@ Progress = Callable[[str], None]
 
 _VIEWS: tuple[View, ...] = ("replay", "prefill")
 #: Precision that templates are computed in: what a bug does is far above its round-off, or it does nothing.
-_PRECISION = "float32"
+PRECISION = "float32"
 #: Variants that are drawn for each that is needed: one that is not finite is no correct implementation.
 _ATTEMPTS = 4
 #: Share of the finest round-off below which what a bug changes is the round-off of the run itself.
@@ -89,7 +89,7 @@ def make(golden: Golden, model: Path, progress: Progress, *, places: bool = True
         UsageError: as `diagnosed_run`.
     """
     started = time.perf_counter()
-    work = _Work.of(golden, model)
+    work = Work.of(golden, model)
     precisions = [name for name in golden.floors if "/" not in name]
     with open_reference(str(model), golden.precision) as engine:
         exact = work.shown(engine)
@@ -103,7 +103,7 @@ def make(golden: Golden, model: Path, progress: Progress, *, places: bool = True
     frame = whitens[precisions[-1]]
     found, left_out = _of_catalogue(work, model, frame, progress)
     parts = _of_places(work, model, frame, progress) if places else []
-    coded = [*found.values(), *(one for _, one in parts)]
+    every = [*found.values(), *(one for _, one in parts)]
     progress("sums over rows")
     bank = Templates(
         run=work.run.name,
@@ -116,8 +116,8 @@ def make(golden: Golden, model: Path, progress: Progress, *, places: bool = True
         wrong=tuple(CATALOGUE[name].wrong for name, _ in found),
         places=tuple(place for place, _ in parts),
         frame=frame,
-        codes=np.stack([codes for codes, _ in coded]) if coded else np.zeros((0, *exact.shape), dtype=np.int8),
-        scales=np.stack([scales for _, scales in coded]) if coded else np.zeros((0, len(exact)), dtype=np.float32),
+        codes=np.stack([codes for codes, _ in every]) if every else np.zeros((0, *exact.shape), dtype=np.int8),
+        scales=np.stack([scales for _, scales in every]) if every else np.zeros((0, len(exact)), dtype=np.float32),
         centres=centres,
         noises={},
         left_out=left_out,
@@ -131,7 +131,7 @@ def make(golden: Golden, model: Path, progress: Progress, *, places: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
+class Work:
     """The passes of one run, and where their rows lie in the golden."""
 
     golden: Golden
@@ -143,7 +143,7 @@ class _Work:
     turn: Float64
 
     @classmethod
-    def of(cls, golden: Golden, model: Path) -> _Work:
+    def of(cls, golden: Golden, model: Path) -> Work:
         run = diagnosed_run(golden)
         views = tuple(view for view in _VIEWS if view in run.views)
         everywhere = np.arange(len(golden.rows))
@@ -191,17 +191,17 @@ class _Work:
 
 
 #: A template in its frame, rounded to 8 bits [M, R], and what each row is multiplied with [M].
-_Coded = tuple[NDArray[np.int8], NDArray[np.float32]]
+Coded = tuple[NDArray[np.int8], NDArray[np.float32]]
 
 
 def _of_catalogue(
-    work: _Work, model: Path, frame: Float64, progress: Progress
-) -> tuple[dict[tuple[str, float], _Coded], dict[str, str]]:
+    work: Work, model: Path, frame: Float64, progress: Progress
+) -> tuple[dict[tuple[str, float], Coded], dict[str, str]]:
     """What each bug changes, by (id, strength), and why others have nothing here."""
-    found: dict[tuple[str, float], _Coded] = {}
+    found: dict[tuple[str, float], Coded] = {}
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
-        plain = stack.enter_context(open_reference(str(model), _PRECISION))
+        plain = stack.enter_context(open_reference(str(model), PRECISION))
         right = work.shown(plain)
         asked = bugs_for(str(plain.model.config.get_text_config().model_type))
         for number, (one, strength) in enumerate(asked, start=1):
@@ -213,26 +213,31 @@ def _of_catalogue(
                 continue
             if not np.isfinite(changed).all():
                 left_out[one.id] = "its logits are not finite"
-            elif _is_nothing(work, changed):
+            elif is_nothing(work, changed):
                 left_out.setdefault(one.id, "changes nothing on these prompts")
             else:
-                found[one.id, strength] = _coded(changed, frame)
+                found[one.id, strength] = coded(changed, frame)
     seen = {name for name, _ in found}
     return found, {name: reason for name, reason in left_out.items() if name not in seen}
 
 
-def _with_bug(work: _Work, model: Path, plain: hf.HFEngine, one: Mutation, strength: float) -> Float64:
+def _with_bug(work: Work, model: Path, plain: hf.HFEngine, one: Mutation, strength: float) -> Float64:
     if not one.options:
         with one.applied(plain, strength):
             return work.shown(plain)
-    options = ",".join(f"{key}={value}" for key, value in {**dict(one.options), "dtype": _PRECISION}.items())
-    with hf.build(parse_spec(f"hf:{options}"), model=str(model)) as engine, one.applied(engine, strength):
+    with opened(model, one) as engine, one.applied(engine, strength):
         return work.shown(engine)
 
 
-def _is_nothing(work: _Work, changed: Float64) -> bool:
-    """Whether it is no more than the round-off of a run in the precision of templates."""
-    floor = work.golden.floors.get(_PRECISION)
+def opened(model: Path, one: Mutation) -> hf.HFEngine:
+    """The reference that a bug can be put into: with the options that it needs."""
+    options = ",".join(f"{key}={value}" for key, value in {**dict(one.options), "dtype": PRECISION}.items())
+    return hf.build(parse_spec(f"hf:{options}"), model=str(model))
+
+
+def is_nothing(work: Work, changed: Float64) -> bool:
+    """Whether a change [M, R] is no more than the round-off of a run in the precision of templates."""
+    floor = work.golden.floors.get(PRECISION)
     if floor is None:
         return not changed.any()
     ratio = (changed**2).sum(axis=1) / floor.sigma[work.place].astype(np.float64) ** 2
@@ -248,10 +253,10 @@ _CHANGES, _LITTLE = 4, 0.02
 _MOST_PLACES = 64
 
 
-def _of_places(work: _Work, model: Path, frame: Float64, progress: Progress) -> list[tuple[str, _Coded]]:
+def _of_places(work: Work, model: Path, frame: Float64, progress: Progress) -> list[tuple[str, Coded]]:
     """What small changes of the attention and of the MLP of single blocks do, each with its place."""
-    found: list[tuple[str, _Coded]] = []
-    with open_reference(str(model), _PRECISION) as plain:
+    found: list[tuple[str, Coded]] = []
+    with open_reference(str(model), PRECISION) as plain:
         try:
             parts = _parts(plain.model)
         except LookupError:
@@ -266,8 +271,8 @@ def _of_places(work: _Work, model: Path, frame: Float64, progress: Progress) -> 
             for change in range(each):
                 with hooked((module, _scaled(change), False)):
                     changed = work.shown(plain) - right
-                if np.isfinite(changed).all() and not _is_nothing(work, changed):
-                    found.append((name, _coded(changed, frame)))
+                if np.isfinite(changed).all() and not is_nothing(work, changed):
+                    found.append((name, coded(changed, frame)))
     return found
 
 
@@ -294,7 +299,8 @@ def _scaled(change: int) -> Callable[..., Any]:
     return hook
 
 
-def _coded(change: Float64, frame: Float64) -> _Coded:
+def coded(change: Float64, frame: Float64) -> Coded:
+    """A change [M, R] in the frame, rounded to 8 bits, with the scale of each row."""
     framed = change @ frame
     largest = np.abs(framed).max(axis=1, initial=0.0) / _LEVELS
     codes = np.rint(framed / np.where(largest > 0, largest, 1)[:, None])
@@ -304,7 +310,7 @@ def _coded(change: Float64, frame: Float64) -> _Coded:
 # --- replicas ----------------------------------------------------------------------------------
 
 
-def _replicas(work: _Work, model: Path, precision: str, centre: Float64, progress: Progress) -> Float32:
+def _replicas(work: Work, model: Path, precision: str, centre: Float64, progress: Progress) -> Float32:
     """Errors of as many replicas as the golden's floor has, in units of round-off, float32 [K, M, R]."""
     floor = work.golden.floors[precision]
     sigma = floor.sigma[work.place].astype(np.float64)[:, None]

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from harness import suites
 from harness.engines import hf, spec
 from harness.engines.base import Engine
-from harness.engines.ranks import outer, probes, spawned
+from harness.engines.ranks import outer, plans, probes, spawned, stages
 from harness.engines.ranks.layout import Layout, refusal
 from harness.engines.ranks.serving import Done, Setup, Work
 from harness.environment import Quiet
@@ -101,10 +101,18 @@ class ParallelEngine(Engine):
         self._shown: Mapping[str, Any] = {}
         self._tokenizer: Any = None
         self._differing: list[str] = []
+        self._entered = 0
 
     # --- opening -------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        # An engine that is open stays as it is: opened anew, it would lose what its user changed in the ranks.
+        if self._entered == 0:
+            self._open()
+        self._entered += 1
+        return self
+
+    def _open(self) -> None:
         self._stack = ExitStack()
         try:
             self._stack.enter_context(Quiet())
@@ -112,7 +120,7 @@ class ParallelEngine(Engine):
             if source is None:
                 raise UsageError(f"the spec {self.spec!r} names no model", fix="Add model=DIR, or pass --model DIR")
             self._config = hf.load_config(source)
-            if reason := refusal(self.options.layout, self._config):
+            if reason := why_not(self.options.layout, self._config):
                 raise UsageError(f"{self.spec} cannot run {Path(source).name}: {reason}", fix="Choose another number")
             self._join()
             self._differing = []
@@ -126,7 +134,11 @@ class ParallelEngine(Engine):
         # Kernels of a CPU, and gloo's sums in one order: the same bits each time.
         on_cpu = (self.options.model.device or "cpu") == "cpu"
         self.capabilities = frozenset(able | ({"deterministic"} if on_cpu else set()))
-        return self
+        unaudited = sorted({name for one in self._shown["ranks"] for name in one["unaudited"]})
+        if unaudited:
+            self.limits = (
+                f"weights: {len(unaudited)} tensors are cut in a way that is not known here, {unaudited[0]}",
+            )
 
     def _join(self) -> None:
         outer.follow()
@@ -165,10 +177,17 @@ class ParallelEngine(Engine):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._entered = max(0, self._entered - 1)
+        if self._entered:
+            return
         try:
             self._stack.close()
         finally:
             self._team = None
+
+    @property
+    def lost(self) -> bool:
+        return self._team is not None and not getattr(self._team, "alive", True)
 
     @property
     def team(self) -> Team:
@@ -327,7 +346,12 @@ class _Widened(ParallelEngine):
         self._team, self._config, self._tokenizer = loaded.team, loaded._config, loaded._tokenizer
         self.progress, self.capabilities = loaded.progress, loaded.capabilities
         self._differing = []
-        self._shown = self._merged(self.ask("widen", loading=True))
+        shown = self.ask("widen", loading=True)
+        try:
+            self._shown = self._merged(shown)
+        except BaseException:
+            self.ask("narrow")
+            raise
         return self
 
     def __exit__(
@@ -337,6 +361,23 @@ class _Widened(ParallelEngine):
         if not (isinstance(team, spawned.SpawnedTeam) and not team.alive):
             self.ask("narrow")
         self._team = None
+
+
+def why_not(layout: Layout, config: Any) -> str:
+    """Why a model cannot be run so here, in words; empty where it can.
+
+    Args:
+        layout: what is asked for.
+        config: of a transformers model.
+    """
+    try:
+        if layout.tensor > 1:
+            plans.distributed(config, layout.tensor)
+        if layout.stages > 1:
+            stages.anatomy_of(config)
+    except UsageError as error:
+        return error.problem
+    return refusal(layout, config)
 
 
 def difference(checksums: Sequence[Sequence[tuple[str, int]]], ranks: Sequence[int]) -> str:
@@ -380,7 +421,11 @@ def build(parsed: spec.Spec, *, model: str | None) -> ParallelEngine:
         if launched is None:
             problem = f"the spec {parsed.text!r} names no {key}"
             raise UsageError(problem, fix=f"Write {parsed.engine}:{key}=2, or start it with torchrun")
-        given[key] = launched.world // given.get("stages" if key == "size" else "size", 1)
+        other = given.get("stages" if key == "size" else "size", 1)
+        if launched.world % other:
+            problem = f"{launched.world} ranks cannot be divided by the {other} of {parsed.text!r}"
+            raise UsageError(problem, fix="Launch a multiple of it")
+        given[key] = launched.world // other
     layout = Layout(tensor=given.get("size", 1), stages=given.get("stages", 1))
     settings = {"model": model, **{name: given[name] for name in _OF_MODEL if name in given}}
     more = {name: given[name] for name in ("micro_batches", "prepare", "timeout") if name in given}
