@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -27,7 +29,8 @@ def main() -> None:
     # Before torch is loaded: threads that spin while they wait take the cores from whoever else is on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = cli.main(args=_arguments(), standalone_mode=False)
+        with _as_rank(sys.argv[1:]) as given:
+            code = cli.main(args=given, standalone_mode=False)
     except HarnessError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -45,18 +48,25 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _arguments() -> list[str]:
-    """The command line. Of several launched ranks only rank 0 gets to see it; the others end here, when it does."""
-    given = sys.argv[1:]
+@contextmanager
+def _as_rank(given: list[str]) -> Iterator[list[str]]:
+    """The command line, to be run inside. Of several launched ranks only rank 0 gets there; the others end with it."""
     # What launchers call a rank: RANK, OMPI_COMM_WORLD_RANK, SLURM_PROCID, ... Only then is it worth a slow import.
-    if given[:1] and given[0] in _WITH_ENGINES and any(name.endswith(("RANK", "_PROCID")) for name in os.environ):
-        from harness.engines.ranks import outer
+    may_be_rank = any(name.endswith(("RANK", "_PROCID")) for name in os.environ)
+    if not may_be_rank or not given or given[0] not in _WITH_ENGINES:
+        yield given
+        return
+    from harness.engines.ranks import outer
 
+    launched = outer.launched()
+    if launched is None:
+        yield given
+        return
+    if launched.rank > 0:
         outer.follow()
-        if outer.launched() is not None:
-            # deepspeed adds it to the command of every rank.
-            given = [one for one in given if not one.startswith("--local_rank=")]
-    return given
+    with outer.led():
+        # deepspeed adds it to the command of every rank.
+        yield [one for one in given if not one.startswith("--local_rank=")]
 
 
 def _fail(line: str, code: int) -> None:

@@ -58,7 +58,11 @@ def test_a_rank_whose_product_is_wrong_is_named() -> None:
     models = [_model(), *({**one} for one in _VARIANTS)]
     for one in models:
         one[place] = Whole(
-            module=place[0], side="partial", summed=True, values=one["h.0.dense", "input"].values, weight=weight
+            module=place[0],
+            side="partial",
+            summed=True,
+            values=one["h.0.dense", "input"].values,
+            projected_weight=projected(_torch(weight)),
         )
     right = np.split(models[0][place].values, 2, axis=1)
     for shard in range(2):

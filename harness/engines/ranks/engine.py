@@ -147,9 +147,10 @@ class ParallelEngine(Engine):
             if launched.world != world:
                 problem = f"{self.spec} needs {world} ranks, and the launcher started {launched.world}"
                 raise UsageError(problem, fix=f"Launch {world}, or change the numbers of the SPEC")
+            outer.refuse_accelerator(self.options.model.device, self.options.layout.tensor)
             self._team = outer.OuterTeam(launched)
         else:
-            team = spawned.team_of(world, self.options.model.threads)
+            team = spawned.team_of(world, self.options.model.threads, device=self.options.model.device or "cpu")
             self._stack.callback(spawned.release, team)
             self._team = team
         self._team.spec, self._team.timeout = self.spec, self.options.timeout
@@ -317,6 +318,7 @@ class ParallelEngine(Engine):
             found = difference([shown[rank].checksums for rank in layout.ranks_of(stage)], layout.ranks_of(stage))
             if found and found not in self._differing:
                 self._differing.append(found)
+        self._shown = {**self._shown, **shown[layout.head].running}
         return shown[layout.head]
 
     def probe(self, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> list[list[probes.Shown]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hooks
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Multiplies a checksum before the next step's is added; odd, so that no step is lost modulo 2^64.
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64
+#: Elements that a checksum takes at once: they are widened to 8 bytes each.
+_PIECE = 2**20
 
 
 def of_rank(engine: RankEngine) -> dict[str, Any]:
@@ -31,9 +34,10 @@ def of_rank(engine: RankEngine) -> dict[str, Any]:
         local = local_part(parameter)
         held += local.numel()
         shapes.setdefault(re.sub(r"\.\d+\.", ".*.", name), list(local.shape))
-        if is_cut(engine, name):
+        _, how = _cut(engine, name, parameter)
+        if how is not None:
             cut += 1
-            whole += local.shape == parameter.shape and parameter.shape[0] > 1
+            whole += local.shape == parameter.shape and parameter.shape[how.dim] > 1
     unlike, unaudited = audit(engine)
     return {
         "rank": engine.place.rank,
@@ -49,12 +53,14 @@ def of_rank(engine: RankEngine) -> dict[str, Any]:
     }
 
 
-def is_cut(engine: RankEngine, name: str) -> bool:
-    """Whether the plan cuts a parameter."""
-    if engine.layout.tensor == 1:
-        return False
-    style = plans.style_of(engine.model, name)
-    return style is not None and (style not in plans.STYLES or plans.cut_of(style, name) is not None)
+def _cut(engine: RankEngine, name: str, parameter: torch.Tensor) -> tuple[bool, plans.Cut | None]:
+    """Whether it is known what the plan does with a parameter, and how it is cut; None where it is whole."""
+    style = None if engine.layout.tensor == 1 else plans.style_of(engine.model, name)
+    if style is None:
+        return True, None
+    if style not in plans.STYLES:
+        return False, None
+    return True, plans.cut_of(style, name, parameter.ndim)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,13 +83,12 @@ def audit(engine: RankEngine) -> tuple[list[str], list[str]]:
     for name, parameter in engine.model.named_parameters():
         named = _in_model(engine, name)
         key = _in_checkpoint(named, keys, engine)
-        style = plans.style_of(engine.model, name) if engine.layout.tensor > 1 else None
-        if key is None or (style is not None and style not in plans.STYLES):
+        known, cut = _cut(engine, name, parameter)
+        if key is None or not known:
             unaudited.append(named)
             continue
         with safe_open(keys[key], framework="pt") as opened:
             whole = opened.get_tensor(key)
-        cut = None if style is None else plans.cut_of(style, name)
         own = whole if cut is None else cut.of(whole, engine.place.shard, engine.layout.tensor)
         held = local_part(parameter)
         same = own.shape == held.shape and torch.equal(own.to(held.device, held.dtype), held)
@@ -125,9 +130,20 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().contiguous().view(integer).flatten().to(torch.int64)
-    # Odd weights: a change of one element always shows, an exchange of two nearly always.
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+    bits = tensor.detach().contiguous().view(integer).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for piece in bits.split(_PIECE):
+        # Odd weights: a change of one element always shows, an exchange of two nearly always.
+        total = total * _FACTOR + (piece * _odd(str(bits.device))[: len(piece)]).sum()
+    return total
+
+
+@lru_cache(maxsize=2)
+def _odd(device: str) -> torch.Tensor:
+    """The first odd numbers, int64 [_PIECE]."""
+    import torch
+
+    return torch.arange(1, 2 * _PIECE, 2, device=device)
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -157,12 +173,8 @@ def summed_layers(engine: RankEngine) -> list[str]:
     """Names of the rank's layers whose outputs are sums over the shards; none where nothing is cut."""
     if engine.layout.tensor == 1:
         return []
-    return [
-        name
-        for name, module in engine.model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-        and plans.style_of(engine.model, f"{name}.weight") in plans.SUMMED
-    ]
+    summed = plans.summed_layers(engine.model)
+    return [name for name, _ in engine.model.named_modules() if name in summed]
 
 
 def _ends(engine: RankEngine) -> list[str]:

@@ -6,6 +6,7 @@ finds them and no other rank. A link is a group beside it: the same shard of eve
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -40,25 +41,31 @@ class Groups:
         import torch.distributed as dist
         from torch._C._distributed_c10d import PrefixStore
 
-        if self.layout.tensor > 1:
-            store = PrefixStore(f"stage-{self.place.stage}", self._store)
-            backend = "nccl" if self._device == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, store=store, rank=self.place.shard, world_size=self.layout.tensor, timeout=self._timeout
-            )
-        if self.layout.stages > 1:
-            store = PrefixStore(f"link-{self.place.shard}", self._store)
-            if self._device == "cuda":
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = self._timeout
-                self._link = dist.ProcessGroupNCCL(store, self.place.stage, self.layout.stages, options)
-            else:
-                self._link = dist.ProcessGroupGloo(store, self.place.stage, self.layout.stages, self._timeout)
+        with ExitStack() as undone:
+            undone.callback(self._leave)
+            if self.layout.tensor > 1:
+                store = PrefixStore(f"stage-{self.place.stage}", self._store)
+                backend = "nccl" if self._device == "cuda" else "gloo"
+                dist.init_process_group(
+                    backend, store=store, rank=self.place.shard, world_size=self.layout.tensor, timeout=self._timeout
+                )
+            if self.layout.stages > 1:
+                store = PrefixStore(f"link-{self.place.shard}", self._store)
+                if self._device == "cuda":
+                    options = dist.ProcessGroupNCCL.Options()
+                    options._timeout = self._timeout
+                    self._link = dist.ProcessGroupNCCL(store, self.place.stage, self.layout.stages, options)
+                else:
+                    self._link = dist.ProcessGroupGloo(store, self.place.stage, self.layout.stages, self._timeout)
+            undone.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         import torch.distributed as dist
 
         self._sent, self._link = [], None

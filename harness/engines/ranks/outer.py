@@ -1,7 +1,16 @@
 """A team that an outer launcher started: torchrun, deepspeed, srun or mpirun run the same command once a rank.
 
 Rank 0 reads goldens, judges and prints; every other rank follows it and does its part of the model. They meet in the
-launcher's store, so that several nodes work with what a site already has.
+launcher's store, so that several nodes work with what a site already has. Rank 0 meets the others when it opens an
+engine of several ranks; the others wait for that from their start.
+
+Who fails ends the run within these bounds, T being `timeout` (60 s):
+
+- a rank that raises, or whose process ends: at once, plus 5 s in which the others tell their side;
+- a rank that hangs or is stopped, where rank 0 waits for it in a collective: 2 T + 30 s (150 s), after which a rank
+  gives up, plus those 5 s; where it does not: T after rank 0 has done its own part, 10 T while a model is loaded;
+- rank 0 itself, by its own watch: 2 T + 40 s (160 s) without a block, 12 T + 40 s while a model is loaded;
+- ranks that do not come: 10 minutes from when rank 0 needs them; the others wait as long for rank 0's store.
 """
 
 from __future__ import annotations
@@ -37,12 +46,18 @@ _NAMES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
 _PREFIX = "golden-harness"
+#: Where ranks other than 0 are counted when they come, and when they have heard of the end.
+_HERE, _ENDED = "here", "ended"
 #: A rank that follows waits this long for the next request: as long as a verdict takes.
 _PATIENCE = timedelta(days=1)
 #: The others are waited for so long at the start.
 _ARRIVAL = timedelta(minutes=10)
 #: Seconds in which the others may tell their side after one rank failed, and end after rank 0 has.
 _GRACE = 5.0
+#: Seconds between two looks for an answer.
+_LOOK = 0.02
+#: torch's store drops a connection that brings it more than 8 MiB at once.
+_PIECE = 2**21
 #: As spawned.py: loading may take this many times the limit of silence.
 _LOADING = 10
 
@@ -82,31 +97,83 @@ def _local_rank() -> str:
     return next((os.environ[local] for _, _, local in _NAMES if local in os.environ), "0")
 
 
-@lru_cache(maxsize=1)
-def _store(rank: int, world: int) -> Store:
-    """The store that the launcher's environment names.
+def refuse_accelerator(device: str | None, tensor: int) -> None:
+    """Refuse shards on the CPU where this rank's torch sees an accelerator: transformers would put them there.
+
+    Args:
+        device: of the SPEC; None is the CPU.
+        tensor: number of shards.
 
     Raises:
-        UsageError: where it names none, or the others are not there.
+        UsageError: that says how to start the ranks.
+    """
+    if tensor == 1 or (device or "cpu") != "cpu":
+        return
+    import torch
+
+    if (found := torch._C._get_accelerator().type) != "cpu":
+        raise UsageError(
+            f"device=cpu with {tensor} shards needs ranks that see no accelerator, and these see {found}",
+            fix="Start them with no device (CUDA_VISIBLE_DEVICES= torchrun ...), or write device=cuda",
+        )
+
+
+def _place(rank: int, world: int) -> str:
+    """HOST:PORT where the ranks meet.
+
+    Raises:
+        UsageError: where the environment names none.
     """
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise UsageError(
             f"rank {rank} of {world} was launched, and does not know where the others are",
             fix="Export MASTER_ADDR (the first node) and MASTER_PORT (a free port) on all ranks, as torchrun does",
         )
-    from torch._C._distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+@lru_cache(maxsize=1)
+def _store(rank: int, world: int) -> Store:
+    """The store that the launcher's environment names: the launcher's own, or else rank 0's.
+
+    Rank 0 does not wait for the others here, and they wait for it.
+
+    Raises:
+        UsageError: where it names none, or the store is not there.
+    """
+    place = _place(rank, world)
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     os.environ.setdefault("LOCAL_RANK", _local_rank())
+    host, _, port = place.rpartition(":")
+    is_own = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store, _, _ = next(iter(rendezvous("env://", rank=rank, world_size=world, timeout=_ARRIVAL)))
-    except (RuntimeError, ValueError, OSError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        store = TCPStore(
+            # Its own is not held up by a name that nobody knows.
+            "localhost" if is_own else host,
+            int(port),
+            world,
+            is_master=is_own,
+            # For rank 0 it is on this machine, or that of the launcher which has started this process.
+            timeout=timedelta(seconds=_GRACE) if rank == 0 else _ARRIVAL,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store.set_timeout(_ARRIVAL)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise UsageError(
             f"rank {rank} of {world} cannot meet the others at {place} ({first_line(error)})",
             fix="MASTER_ADDR must be the node of rank 0, MASTER_PORT free there, and every rank started",
         ) from error
     return PrefixStore(_PREFIX, store)
+
+
+def _gather(store: Store, world: int, seconds: float) -> int:
+    """On rank 0, wait at most so long until all ranks are there; how many are."""
+    end = time.monotonic() + seconds
+    while (there := store.add(_HERE, 0) + 1) < world and time.monotonic() < end:
+        time.sleep(_LOOK)
+    return there
 
 
 class OuterTeam:
@@ -137,10 +204,31 @@ class OuterTeam:
             return []  # it is closed, and a rank that hangs would not answer
         if _Requests.lost is not None:
             raise error_of(self.spec, [_Requests.lost])
-        number = _Requests.next()
-        _put(self._shared, f"{number}/request", (request, arguments))
-        failures: list[Failure] = []
+        data = pickle.dumps((request, arguments))  # before anything is told of it: it may be what cannot be sent
+        try:
+            answers, failures = self._asked(data, request, arguments, world, loading)
+        except BaseException:
+            # Ctrl-C, or what a hook does to this process: nothing more is asked or waited for.
+            self._fail()
+            raise
+        if failures:
+            self._fail()
+            raise error_of(self.spec, sorted(failures, key=lambda one: (one.is_echo, one is _Requests.lost)))
+        return answers
+
+    def _asked(
+        self, data: bytes, request: str, arguments: tuple[Any, ...], world: int, loading: bool
+    ) -> tuple[list[Any], list[Failure]]:
+        """What the ranks answered, and how those failed that did not."""
+        key = f"{_Requests.next()}/request"
+        try:
+            _put(self._shared, key, data)
+        except RuntimeError as error:
+            what = f"cannot reach the store of the ranks ({first_line(error)})"
+            _Requests.lost = Failure(rank=0, message=what, fix="See whether the launcher and the first node are alive")
+            return [], [_Requests.lost]
         answers: list[Any] = []
+        failures: list[Failure] = []
         # A rank that waits gives up after twice the time and half a minute (Setup.timeout): what is silent for longer
         # than that hangs by itself.
         limit = self.timeout * (2 + (_LOADING if loading else 0)) + 30 + 2 * _GRACE
@@ -149,43 +237,44 @@ class OuterTeam:
                 answers.append(self._own.answer(request, *arguments))
         except Exception as error:  # noqa: BLE001  # whatever it was, the others' side is to be told too
             failures.append(raised(0, error))
-            self._failed = True
-            self._leave()
+            self._fail()
         end = time.monotonic() + (_GRACE if failures else self.timeout * (_LOADING if loading else 1))
         for rank in range(1, world):
-            found = self._answer(number, rank, end)
+            found = self._answer(f"{_Requests.number}/{rank}", rank, end)
             if isinstance(found, Failure):
                 failures.append(found)
                 end = min(end, time.monotonic() + _GRACE)
             else:
                 answers.extend(found)
-        if failures:
-            self._failed = True
-            raise error_of(self.spec, sorted(failures, key=lambda one: (one.is_echo, one is _Requests.lost)))
-        return answers
+        if _Requests.lost is None:
+            # Who has answered has read it.
+            with contextlib.suppress(RuntimeError):
+                _delete(self._shared, key)
+        return answers, failures
 
-    def _answer(self, number: int, rank: int, end: float) -> list[Any] | Failure:
+    def _answer(self, key: str, rank: int, end: float) -> list[Any] | Failure:
         """What a rank has answered, in a list of one."""
-        key = f"{number}/{rank}"
-        patience = max(0.1, end - time.monotonic())
+        why = ""
         try:
-            self._shared.wait([key], timedelta(seconds=patience))
-        except RuntimeError:
-            _Requests.lost = Failure(
-                rank=rank,
-                message="did not answer",
-                fix="Look at what the launcher says of it",
-            )
-            return _Requests.lost
-        kind, value = _got(self._shared, key)
-        self._shared.delete_key(key)
-        found: list[Any] | Failure = [value] if kind == "done" else value
-        return found
+            # Looked for and not waited for: Ctrl-C is not heard inside the store.
+            while not (there := self._shared.check([key])) and time.monotonic() < end:
+                time.sleep(_LOOK)
+            if there:
+                kind, value = pickle.loads(_got(self._shared, key))  # noqa: S301  # as in _do_as_asked
+                _delete(self._shared, key)
+                found: list[Any] | Failure = [value] if kind == "done" else value
+                return found
+        except RuntimeError as error:
+            why = f" ({first_line(error)})"
+        _Requests.lost = Failure(rank=rank, message=f"did not answer{why}", fix="Look at what the launcher says of it")
+        return _Requests.lost
 
-    def _leave(self) -> None:
-        """Leave the groups: a rank that waits for this one sees that it has gone."""
-        with contextlib.suppress(Exception):
-            self._own.close()
+    def _fail(self) -> None:
+        """Leave the groups, once: a rank that waits for this one sees that it has gone."""
+        if not self._failed:
+            self._failed = True
+            with contextlib.suppress(Exception):
+                self._own.close()
 
     def close(self) -> None:
         """Nothing: the ranks follow until this process ends."""
@@ -237,22 +326,28 @@ class _Requests:
 
     @classmethod
     def end_at_exit(cls, store: Store, world: int) -> None:
-        """Tell the other ranks to end when this process does, and wait a little until they have heard it.
+        """Tell the other ranks to end when this process does."""
+        if not cls._ending:
+            cls._ending = True
+            atexit.register(cls.end, store, world)
+
+    @classmethod
+    def end(cls, store: Store, world: int) -> None:
+        """Tell the other ranks to end, and wait a little until they have heard it.
 
         Rank 0 may be where the store is: what it has not said before it ends is never heard.
         """
-        if cls._ending:
-            return
         cls._ending = True
+        with contextlib.suppress(RuntimeError):
+            _put(store, f"{cls.next()}/request", pickle.dumps(("end", ())))
+            end = time.monotonic() + _GRACE
+            while store.add(_ENDED, 0) < world - 1 and time.monotonic() < end:
+                time.sleep(_LOOK)
 
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):
-                _put(store, f"{cls.next()}/request", ("end", ()))
-                end = time.monotonic() + _GRACE
-                while store.add("ended", 0) < world - 1 and time.monotonic() < end:
-                    time.sleep(0.02)
-
-        atexit.register(tell)
+    @classmethod
+    def met(cls) -> bool:
+        """Whether the other ranks have been met, and are told of the end."""
+        return cls._ending
 
 
 def _meeting(shared: Store, setup: Setup) -> Store:
@@ -261,13 +356,24 @@ def _meeting(shared: Store, setup: Setup) -> Store:
     return PrefixStore(setup.meeting, shared)
 
 
-def _put(store: Store, key: str, value: Any) -> None:
-    store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes, whatever its stub says
+def _put(store: Store, key: str, data: bytes) -> None:
+    """Write data of any size; the key itself comes last, and says in how many pieces."""
+    pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+    for number, piece in enumerate(pieces):
+        store.set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # it takes bytes, whatever its stub says
+    store.set(key, str(len(pieces)))
 
 
-def _got(store: Store, key: str) -> Any:
-    # What ranks of this launch wrote there, as torch's own object collectives do; never a file.
-    return pickle.loads(store.get(key))  # noqa: S301
+def _got(store: Store, key: str) -> bytes:
+    """What `_put` has written."""
+    return b"".join(store.get(f"{key}/{number}") for number in range(int(store.get(key))))
+
+
+def _delete(store: Store, key: str) -> None:
+    """Remove what `_put` has written."""
+    for number in range(int(store.get(key))):
+        store.delete_key(f"{key}/{number}")
+    store.delete_key(key)
 
 
 def follow() -> None:
@@ -281,35 +387,80 @@ def follow() -> None:
     outer = launched()
     if outer is None:
         return
-    store = _store(outer.rank, outer.world)
+    place = _place(outer.rank, outer.world)
     if outer.rank == 0:
+        store = _store(outer.rank, outer.world)
+        if not _Requests.met() and (there := _gather(store, outer.world, _ARRIVAL.total_seconds())) < outer.world:
+            problem = f"{there} of {outer.world} ranks came to {place} in {_ARRIVAL.total_seconds():g} s"
+            fix = "Start the command on every rank, with MASTER_ADDR the node of rank 0, or unset the names of a rank"
+            raise UsageError(problem, fix=fix)
         _Requests.end_at_exit(store, outer.world)
         return
+    # To whoever only inherited a rank's environment, this tells what holds the command up.
+    sys.stderr.write(f"rank {outer.rank} of {outer.world} follows rank 0 at {place} ...\n")
+    sys.stderr.flush()
+    store = _store(outer.rank, outer.world)
+    with _losing(outer.rank):
+        store.add(_HERE, 1)
     _do_as_asked(store, outer.rank, Server(outer.rank, lambda setup: _meeting(store, setup), lambda _what: None))
     raise Followed(0)
+
+
+@contextlib.contextmanager
+def led() -> Iterator[None]:
+    """On rank 0, let others come inside, without waiting for them; at the end let those go that were not needed.
+
+    Where there is no store that they could come to, it is missed by `follow`.
+    """
+    outer = launched()
+    store, begun = None, time.monotonic()
+    if outer is not None and outer.rank == 0:
+        with contextlib.suppress(UsageError):
+            store = _store(outer.rank, outer.world)
+    try:
+        yield
+    finally:
+        if outer is not None and store is not None and not _Requests.met():
+            # Those that were started with this one may still be on their way.
+            with contextlib.suppress(RuntimeError):
+                there = _gather(store, outer.world, begun + _GRACE - time.monotonic())
+                _Requests.end(store, there)
+
+
+@contextlib.contextmanager
+def _losing(rank: int) -> Iterator[None]:
+    """What the store complains of inside means that rank 0 has gone.
+
+    Raises:
+        EngineError: that says so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"rank {rank} lost rank 0", fix="See what rank 0 says") from error
 
 
 def _do_as_asked(store: Store, rank: int, server: Server) -> None:
     """Answer rank 0's requests until it ends."""
     for number in itertools.count(1):
-        try:
+        with _losing(rank):
             store.wait([f"{number}/request"], _PATIENCE)
-            request, arguments = _got(store, f"{number}/request")
+            # What ranks of this launch wrote there, as torch's own object collectives do; never a file.
+            request, arguments = pickle.loads(_got(store, f"{number}/request"))  # noqa: S301
             if request == "end":
-                store.add("ended", 1)
+                store.add(_ENDED, 1)
                 return
-            kind, value = _answered(server, rank, request, arguments)
-            _put(store, f"{number}/{rank}", (kind, value))
-        except RuntimeError as error:
-            raise EngineError(f"rank {rank} lost rank 0", fix="See what rank 0 says") from error
-        if kind == "failed":
+            failed, data = _answered(server, rank, request, arguments)
+            _put(store, f"{number}/{rank}", data)
+        if failed:
             # Said before it leaves the groups, so that the complaint of a rank that waits for it is not heard first.
             with contextlib.suppress(Exception):
                 server.close()
 
 
-def _answered(server: Server, rank: int, request: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+def _answered(server: Server, rank: int, request: str, arguments: tuple[Any, ...]) -> tuple[bool, bytes]:
+    """(whether it failed, what rank 0 is told)."""
     try:
-        return "done", server.answer(request, *arguments)
-    except Exception as error:  # noqa: BLE001  # rank 0 tells it
-        return "failed", raised(rank, error)
+        return False, pickle.dumps(("done", server.answer(request, *arguments)))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # rank 0 tells it
+        return True, pickle.dumps(("failed", raised(rank, error)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.engines.ranks.layout import Place
@@ -42,22 +42,40 @@ class Cut:
 
 _WHOLE = None
 _OUT, _IN = Cut(dim=0), Cut(dim=1)
+_REPLICATED = (_WHOLE, _WHOLE)
 
-#: Style -> the cut of a weight and of a bias; None is whole on every rank.
+#: Style -> the cut of a weight of two dimensions and of a bias; None is whole on every rank. A style that is not here
+#: is unknown, and what it cuts is not held to the checkpoint.
 STYLES: Mapping[str, tuple[Cut | None, Cut | None]] = {
     "colwise": (_OUT, _OUT),
     "colwise_rep": (_OUT, _OUT),
     "colwise_gather_output": (_OUT, _OUT),
     "rowwise": (_IN, _WHOLE),
+    "rowwise_rep": (_IN, _WHOLE),
+    "rowwise_split_input": (_IN, _WHOLE),
+    # Gate and up in one weight, cut each by itself; a bias is cut as if it were one.
+    "packed_colwise": (Cut(dim=0, groups=2), _OUT),
+    "packed_rowwise": (Cut(dim=1, groups=2), _WHOLE),
     "embedding_rowwise": (_OUT, _WHOLE),
     "embedding_colwise": (_IN, _WHOLE),
     "conv1d_colwise": (_IN, _OUT),
     "conv1d_colwise_qkv": (Cut(dim=1, groups=3), Cut(dim=0, groups=3)),
     "conv1d_rowwise": (_OUT, _WHOLE),
+    # These change what goes in or comes out, or a gradient. Experts are cut by the styles of their own parameters.
+    "all_reduce": _REPLICATED,
+    "local_params": _REPLICATED,
+    "mla_kv_a_proj": _REPLICATED,
+    "moe_identity_expert": _REPLICATED,
+    "moe_tp_experts": _REPLICATED,
+    "replicate": _REPLICATED,
+    "replicated_with_grad_allreduce": _REPLICATED,
+    "sequence_parallel": _REPLICATED,
 }
 
-#: Styles whose outputs are summed over the shards.
-SUMMED = frozenset({"rowwise", "conv1d_rowwise"})
+#: Styles of layers that are given their own columns of the input, and whose outputs are summed over the shards.
+SPLIT = frozenset({"rowwise", "conv1d_rowwise"})
+#: All styles of layers whose outputs are summed; those that are not in SPLIT are given the whole input, and cut it.
+SUMMED = SPLIT | {"rowwise_rep", "rowwise_split_input"}
 
 _OURS: Mapping[str, Mapping[str, str]] = {
     "bloom": {
@@ -111,13 +129,17 @@ def distributed(config: Any, size: int) -> Any:
     return DistributedConfig(tp_size=size)
 
 
-def summed_layers(model: PreTrainedModel) -> frozenset[str]:
-    """Names of the layers whose products tensor parallelism sums over its ranks, of a model that is whole.
+def summed_layers(model: PreTrainedModel, styles: frozenset[str] = SUMMED) -> frozenset[str]:
+    """Names of the layers whose products tensor parallelism sums over its ranks, of a model that is cut or whole.
 
     Empty for a model without a plan.
+
+    Args:
+        model: of transformers.
+        styles: which of SUMMED.
     """
-    plan: Mapping[str, str] = _OURS.get(model.config.model_type) or getattr(model, "tp_plan", None) or {}
-    kinds = {kind for kind, style in plan.items() if style in SUMMED}
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or _OURS.get(model.config.model_type) or {}
+    kinds = {kind for kind, style in plan.items() if style in styles}
     return frozenset(name for name, _ in model.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", name) in kinds)
 
 
@@ -129,14 +151,23 @@ def style_of(model: PreTrainedModel, parameter: str) -> str | None:
     return style
 
 
-def cut_of(style: str, parameter: str) -> Cut | None:
+def cut_of(style: str, parameter: str, ndim: int = 2) -> Cut | None:
     """The cut of a parameter of a style, None where it is whole.
+
+    Args:
+        style: of the plan.
+        parameter: its name.
+        ndim: its number of dimensions; those of a weight before the last two (experts) are not cut.
 
     Raises:
         KeyError: for a style that is not in STYLES.
     """
     weight, bias = STYLES[style]
-    return bias if parameter.rpartition(".")[2] == "bias" else weight
+    if parameter.rpartition(".")[2] == "bias":
+        return bias
+    if weight is None or ndim == 2:
+        return weight
+    return _OUT if ndim < 2 else replace(weight, dim=weight.dim + ndim - 2)
 
 
 def localise(model: PreTrainedModel, place: Place, size: int) -> None:

@@ -1,6 +1,6 @@
 """What a model computes inside its blocks, at the places where ranks meet: on a rank, and on the whole model.
 
-The places are the inputs of layers that are summed over shards (each rank has its own columns of them), each rank's
+The places are the inputs of layers that are summed over shards (of most, each rank has its own columns), each rank's
 partial product, the sums themselves, what enters a stage, and what leaves each block. One prefill of prompts of equal
 length, in one batch.
 
@@ -47,15 +47,15 @@ class Shown:
 class Whole:
     """One place in the whole model, all columns of it [N, W].
 
-    ``summed`` for the input of a layer that is summed, and for a partial product: then ``values`` are that layer's
-    input and ``weight`` is [W, outputs].
+    ``summed`` for an input of which a shard has its own columns, and for a partial product: then ``values`` are that
+    layer's input, and ``projected_weight`` are projections [W, J] of its weight [W, outputs].
     """
 
     module: str
     side: Side
     summed: bool
     values: NDArray[np.float64]
-    weight: NDArray[np.float64] | None = None
+    projected_weight: NDArray[np.float64] | None = None
 
     def of(self, shard: int, size: int) -> NDArray[np.float64]:
         """Projections of what a shard should hold of it, [N, J]."""
@@ -64,9 +64,13 @@ class Whole:
         own = torch.from_numpy(self.values)
         if self.summed:
             own = plans.Cut(dim=1).of(own, shard, size)
-        if self.weight is not None:
-            own = own @ plans.Cut(dim=0).of(torch.from_numpy(self.weight), shard, size)
-        return projected(own)
+        if self.projected_weight is None:
+            return projected(own)
+        # Projections are linear: those of the product are the product with those of the weight.
+        product: NDArray[np.float64] = (
+            own @ plans.Cut(dim=0).of(torch.from_numpy(self.projected_weight), shard, size)
+        ).numpy()
+        return product
 
 
 def asked(golden: Golden) -> tuple[list[Request], list[tuple[int, ...]]]:
@@ -102,38 +106,38 @@ def of_whole(
 ) -> dict[tuple[str, Side], Whole]:
     """The same places of a model in one process, by module and side."""
     blocks = hooks.block_names(engine.model)
-    summed = plans.summed_layers(engine.model)
+    summed, split = plans.summed_layers(engine.model), plans.summed_layers(engine.model, plans.SPLIT)
     with _collected(engine.model, [*blocks, *summed], [*summed, *blocks]) as found:
         _prefill(engine, requests, continuations)
     places: dict[tuple[str, Side], Whole] = {}
     for (name, side), parts in found.items():
-        values, own = _rows(parts).double().numpy(), side == "input" and name in summed
+        values = _rows(parts).double().numpy()
+        own = side == "input" and name in split
         places[name, side] = Whole(module=name, side=side, summed=own, values=values)
-        if own:
+        if side == "input" and name in summed:
+            weight = _projected_weight(engine.model, name)
             places[name, "partial"] = Whole(
-                module=name, side="partial", summed=True, values=values, weight=_inputs_first(engine.model, name)
+                module=name, side="partial", summed=True, values=values, projected_weight=weight
             )
     return places
 
 
-def _inputs_first(model: Any, name: str) -> NDArray[np.float64]:
-    """A layer's weight [inputs, outputs] in float64: a Linear keeps it the other way round, a Conv1D so."""
+def _projected_weight(model: Any, name: str) -> NDArray[np.float64]:
+    """Projections [inputs, J] of a layer's weight [inputs, outputs]: a Linear keeps it so turned round, a Conv1D so."""
     from torch import nn
 
     module = model.get_submodule(name)
-    weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
-    wide: NDArray[np.float64] = weight.detach().double().cpu().numpy()
-    return wide
+    return projected(module.weight.T if isinstance(module, nn.Linear) else module.weight)
 
 
 def _prefill(engine: HFEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> None:
     decoding.teacher_forced(
-        engine.decoder, requests, continuations, batch_size=len(requests), sketcher=_Nobody(engine.vocabulary)
+        engine.decoder, requests, continuations, batch_size=len(requests), sketcher=Unheard(engine.vocabulary)
     )
 
 
-class _Nobody(Sketcher):
-    """Takes no logits: on most ranks there are none."""
+class Unheard(Sketcher):
+    """Takes the logits of a rank that is not asked for them; on most ranks there are none."""
 
     def add(self, *_arguments: Any, **_keywords: Any) -> None:
         """Nothing."""

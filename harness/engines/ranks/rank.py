@@ -8,17 +8,19 @@ Shape legend: B batch rows, T new tokens, H hidden units, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import checkpoint
 from harness.engines import decoding, hf, hooks
 from harness.engines.ranks import evidence, plans, stages
 from harness.engines.ranks.groups import Groups
 from harness.engines.ranks.layout import Layout, Place, refusal, stage_layers
-from harness.errors import UsageError
+from harness.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,8 @@ class RankEngine(hf.HFEngine):
 
     def _open(self) -> None:
         device = (self.options.device or "cpu").partition(":")[0]
+        if device == "cuda":
+            _take_gpu()
         self.groups = self._stack.enter_context(
             Groups(self.layout, self.place, self._store, device=device, timeout=self._timeout)
         )
@@ -120,6 +124,16 @@ class RankEngine(hf.HFEngine):
         return int(self._full.get_text_config().vocab_size)
 
     @property
+    def identity(self) -> checkpoint.Identity | None:
+        """Of the whole checkpoint, on the head alone: it is read for it, and one rank is enough."""
+        return super().identity if self.place.rank == self.layout.head else None
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """The settings that are only true once a pass has run."""
+        return {"cache": self._cache_class, "chunk": self._chunk}
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         if self._evidence is None:
             # Once, as it was loaded: a widened copy has the same shards.
@@ -133,8 +147,15 @@ class RankEngine(hf.HFEngine):
         return replace(super().decoder, choose=self._choose)
 
     def _choose(self, logits_BV: torch.Tensor) -> list[int]:
-        chosen = logits_BV.argmax(dim=-1).tolist() if self.place.last else [0] * len(logits_BV)
-        return self.groups.from_last(chosen)
+        """The head's tokens, on every rank: ranks that disagree would not all stop at the same step."""
+        import torch.distributed as dist
+
+        if not self.place.last:
+            return self.groups.from_last([0] * len(logits_BV))
+        chosen_B = logits_BV.argmax(dim=-1)
+        if self.layout.tensor > 1:
+            dist.broadcast(chosen_B, src=0)  # of the default group: the shards of this stage
+        return self.groups.from_last(chosen_B.tolist())
 
     def _new_cache(self, batch: int, length: int) -> Any:
         return [super(RankEngine, self)._new_cache(len(rows), length) for rows in self._parts(batch)]
@@ -175,7 +196,7 @@ class RankEngine(hf.HFEngine):
         self.groups.flush()
         if self.place.last:
             return shown[0] if len(shown) == 1 else torch.cat(shown)
-        return torch.empty((*input_ids_BT.shape[:1], keep or input_ids_BT.shape[1], 0))
+        return torch.empty((len(input_ids_BT), keep or input_ids_BT.shape[1], 0), device=self.model.device)
 
     @contextmanager
     def widened(self) -> Iterator[None]:
@@ -207,3 +228,15 @@ class RankEngine(hf.HFEngine):
             self.options = options
             for table, name, tensor in kept:
                 table[name] = tensor
+
+
+def _take_gpu() -> None:
+    """Make this rank's own GPU of its machine the one that "cuda" means, before anything is put on it."""
+    import torch
+
+    number = int(os.environ["LOCAL_RANK"])
+    try:
+        torch.cuda.set_device(number)
+    except (RuntimeError, AssertionError) as error:
+        problem = f"rank {number} of this machine has no GPU of its own ({first_line(error)})"
+        raise UsageError(problem, fix="Run `harness doctor` to see the devices of this machine") from None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hf
 from harness.engines.ranks import evidence, probes
 from harness.engines.ranks.layout import Layout
-from harness.errors import EngineError, UsageError
+from harness.errors import EngineError, UsageError, first_line
 from harness.numerics.sketch import Sketcher
 from harness.values import Generation, Request, View
 
@@ -58,18 +58,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """What a rank shows of a pass: continuations or a filled sketcher on the head, checksums on every rank."""
+    """What a rank shows of a pass.
+
+    Attributes:
+        generations: on the head, of a free pass.
+        sketcher: on the head, of a forced pass, filled.
+        checksums: modules in the order of the forward, on every rank.
+        running: on the head, the settings that are only true once a pass has run, as `Engine.settings` names them.
+    """
 
     generations: list[Generation] | None = None
     sketcher: Sketcher | None = None
     checksums: tuple[tuple[str, int], ...] = ()
-
-
-class _Unheard(Sketcher):
-    """Takes the logits of a rank that is not asked for them."""
-
-    def add(self, *_arguments: Any, **_keywords: Any) -> None:
-        """Nothing."""
+    running: dict[str, Any] = field(default_factory=dict)
 
 
 class Server:
@@ -143,12 +144,14 @@ class Server:
         with evidence.watched(engine) as sums:
             if work.view == "generate":
                 found = engine.generate(work.requests, batch_size=work.batch_size, stop_ids=work.stop_ids)
-                return Done(generations=found if head else None, checksums=tuple(sums.shown()))
-            assert work.sketcher is not None
-            sketcher = work.sketcher if head else _Unheard(work.sketcher.vocabulary)
-            forced = engine.replay if work.view == "replay" else engine.prefill
-            forced(work.requests, work.continuations, batch_size=work.batch_size, sketcher=sketcher)
-            return Done(sketcher=sketcher if head else None, checksums=tuple(sums.shown()))
+                done = Done(generations=found if head else None, checksums=tuple(sums.shown()))
+            else:
+                assert work.sketcher is not None
+                sketcher = work.sketcher if head else probes.Unheard(work.sketcher.vocabulary)
+                forced = engine.replay if work.view == "replay" else engine.prefill
+                forced(work.requests, work.continuations, batch_size=work.batch_size, sketcher=sketcher)
+                done = Done(sketcher=sketcher if head else None, checksums=tuple(sums.shown()))
+        return replace(done, running=engine.running) if head else done
 
     def probe(self, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> list[probes.Shown]:
         """What this rank computes inside its blocks on one batch, with every other rank."""
@@ -167,11 +170,22 @@ _REQUESTS: Mapping[str, Callable[..., Any]] = {
 
 
 def _function(target: str) -> Callable[..., Any]:
+    """What MODULE:FUNCTION names.
+
+    Raises:
+        UsageError: where it is written otherwise, the module cannot be imported, or holds no such function.
+    """
+    fix = "Write prepare=MODULE:FUNCTION, of a module that can be imported where the ranks run (see PYTHONPATH)"
     name, _, attribute = target.partition(":")
-    function: Any = importlib.import_module(name)
+    if not all(part.isidentifier() for path in (name, attribute) for part in path.split(".")):
+        raise UsageError(f"{target!r} names no function", fix=fix)
+    try:
+        function: Any = importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"the module of prepare={target} cannot be imported ({first_line(error)})", fix=fix) from error
     for part in attribute.split("."):
         function = getattr(function, part, None)
     if not callable(function):
-        raise UsageError(f"there is no function {target!r}", fix="Write prepare=MODULE:FUNCTION")
+        raise UsageError(f"there is no function {target!r}", fix=fix)
     found: Callable[..., Any] = function
     return found

@@ -25,6 +25,7 @@ from typing import Any
 from harness.engines.ranks.failure import Failure, error_of, killed, waits_in
 from harness.engines.ranks.scratch import Scratch
 from harness.engines.ranks.wire import Wire
+from harness.errors import EngineError
 
 #: Starting a rank and loading a model, which send no pulses, may take this many times the limit of silence: all of it
 #: where the rank is seen to work, or where the system does not show that.
@@ -97,16 +98,25 @@ class SpawnedTeam:
     Args:
         size: how many.
         threads: of each; None shares the cores of the machine among them.
+        device: that they compute on; those of "cpu" see no other one.
         server: MODULE:CLASS of what answers requests in a rank.
     """
 
-    def __init__(self, size: int, *, threads: int | None = None, server: str = f"{__package__}.serving:Server") -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        server: str = f"{__package__}.serving:Server",
+    ) -> None:
         self.size = size
+        self.device = device
+        self.threads = _threads(threads, size)
         self.spec = ""
         self.timeout = 60.0
         self.progress: Callable[[str], None] = lambda _text: None
         self._server = server
-        self._threads = threads or max(1, (os.cpu_count() or 1) // size)
         self._scratch = Scratch()
         self._directory = self._scratch.path
         self._meetings = 0
@@ -150,7 +160,8 @@ class SpawnedTeam:
         environment = {
             **kept,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path) or os.getcwd(),
-            "OMP_NUM_THREADS": str(self._threads),
+            **(_NO_ACCELERATOR if self.device == "cpu" else {}),
+            "OMP_NUM_THREADS": str(self.threads),
             "LOCAL_RANK": str(number),
             # All are on this machine: nothing listens where another one could reach it.
             "GLOO_SOCKET_IFNAME": _loopback(),
@@ -209,9 +220,12 @@ class SpawnedTeam:
             loading: allow more silence, where the ranks are seen to work.
 
         Raises:
-            EngineError: when a rank failed, died or hung; the whole team is gone then.
+            EngineError: when a rank failed, died or hung, and the whole team is gone then; or where it is gone already.
         """
         asked = self._ranks[:world]
+        if len(asked) < world:
+            problem = f"{self.spec} asks {world} ranks, and its team has {len(asked)}"
+            raise EngineError(problem, fix="Open it anew: a team whose rank has failed is gone")
         try:
             self._await(asked, lambda rank: rank.ready, loading=True)
             now = time.monotonic()
@@ -391,6 +405,15 @@ _OUTER = frozenset(
 )
 
 
+#: transformers shards a model on whatever accelerator torch sees, whichever device is asked for.
+_NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+
+
+def _threads(threads: int | None, size: int) -> int:
+    """Threads of each of so many ranks."""
+    return threads or max(1, (os.cpu_count() or 1) // size)
+
+
 def _is_stopped(rank: _Rank) -> bool:
     """Whether its process is stopped, by a signal or by a debugger; false where the system does not tell."""
     return _stat(rank.process.pid)[0] in ("T", "t")
@@ -452,14 +475,24 @@ def kept() -> Iterator[None]:
             _Kept.team = None
 
 
-def team_of(world: int, threads: int | None) -> SpawnedTeam:
-    """A team of at least ``world`` ranks, to be handed to `release`."""
+def team_of(world: int, threads: int | None, *, device: str = "cpu") -> SpawnedTeam:
+    """A team of at least ``world`` ranks, to be handed to `release`.
+
+    A kept team serves where it has ranks enough, the same device, and the same threads a rank; it is ended otherwise.
+
+    Args:
+        world: how many ranks are needed.
+        threads: of each; None shares the cores among all ranks of the team, which are more than ``world`` where a
+            larger one is kept.
+        device: that they compute on.
+    """
     team, _Kept.team = _Kept.team, None
-    if team is not None and team.alive and team.size >= world and threads is None:
-        return team
     if team is not None:
+        alike = (team.threads, team.device) == (_threads(threads, team.size), device)
+        if alike and team.alive and team.size >= world:
+            return team
         team.close()
-    return SpawnedTeam(world, threads=threads)
+    return SpawnedTeam(world, threads=threads, device=device)
 
 
 def release(team: SpawnedTeam) -> None:

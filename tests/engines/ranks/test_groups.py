@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from harness.engines.ranks.groups import Groups
@@ -69,6 +70,31 @@ def test_a_single_process_needs_no_group():
     with Groups(layout, layout.place(0), HashStore(), device="cpu", timeout=1.0) as groups:
         assert groups.from_last([5]) == [5]
         groups.flush()
+
+
+def test_a_link_that_cannot_be_made_leaves_no_group(monkeypatch):
+    """Where the link fails, the group of the shards that was made before it is gone: the next engine makes its own."""
+    init = dist.init_process_group
+
+    def alone(backend, *, store, rank, world_size, timeout):
+        assert (rank, world_size) == (0, 2)
+        init(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        assert dist.is_initialized()
+
+    def refuse(*_arguments):
+        raise RuntimeError("no such interface")
+
+    monkeypatch.setattr(dist, "init_process_group", alone)
+    monkeypatch.setattr(dist, "ProcessGroupGloo", refuse)
+    layout = Layout(tensor=2, stages=2)
+    groups = Groups(layout, layout.place(0), HashStore(), device="cpu", timeout=5.0)
+    try:
+        with pytest.raises(RuntimeError, match="no such interface"), groups:
+            pass
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_a_stage_that_does_not_send_is_waited_for_no_longer_than_said():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch._C._distributed_c10d import HashStore
+import torch
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from harness import cli
 from harness.engines import build_engine
@@ -33,6 +36,11 @@ def _not_launched(monkeypatch):
     monkeypatch.setattr(outer._Requests, "number", 0)
     monkeypatch.setattr(outer._Requests, "lost", None)
     monkeypatch.setattr(outer._Requests, "_ending", False)
+    monkeypatch.setattr(outer.atexit, "register", lambda *_: None)
+    forget = outer._store.cache_clear  # whatever a test puts in its place
+    forget()
+    yield
+    forget()
 
 
 # --- who is who ------------------------------------------------------------------------------------
@@ -105,19 +113,108 @@ def test_the_number_of_ranks_may_be_left_to_the_launcher(monkeypatch):
 # --- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("command", "met"), [("check", True), ("run", True), ("record", True), ("--help", False), ("lint", False)]
 )
-def test_only_commands_that_open_engines_meet(monkeypatch, command, met):
-    """Of several launched ranks only rank 0 sees the command line, without what deepspeed adds to it."""
-    meetings = []
-    monkeypatch.setenv("RANK", "0")
+def test_only_commands_that_open_engines_have_ranks(monkeypatch, command, met, rank):
+    """Ranks other than 0 follow; rank 0 goes on with its command line, without what deepspeed adds to it."""
+    followed = []
+    monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(outer, "follow", lambda: meetings.append(1))
-    monkeypatch.setattr(sys, "argv", ["harness", command, "--local_rank=0", "--quick"])
-    given = cli._arguments()
-    assert bool(meetings) is met
-    assert given == [command, "--quick"] if met else [command, "--local_rank=0", "--quick"]
+    monkeypatch.setattr(outer, "follow", lambda: followed.append(1))
+    with cli._as_rank([command, "--local_rank=0", "--quick"]) as given:
+        assert given == ([command, "--quick"] if met else [command, "--local_rank=0", "--quick"])
+    assert bool(followed) is (met and rank == 1)
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """Names a place where ranks can meet, and rank 0 of 2 as this process."""
+    port = free_port()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    return port
+
+
+def test_rank_0_does_not_wait_for_ranks_that_it_does_not_need(monkeypatch, address):
+    """A command without a SPEC of several ranks runs alone in a pod that only inherited RANK and WORLD_SIZE."""
+    monkeypatch.setattr(outer, "_GRACE", 1.0)
+    begun = time.monotonic()
+    with cli._as_rank(["check", "--quick"]) as given:
+        assert given == ["check", "--quick"]
+        inside = time.monotonic()
+    assert inside - begun < 30
+    assert time.monotonic() - inside < 30
+
+
+def test_rank_0_runs_where_nobody_can_meet(monkeypatch, address):
+    """A port that another program has is no error before others are needed, and then one line."""
+    monkeypatch.setattr(outer, "_GRACE", 1.0)
+    with socket.socket() as taken:
+        taken.bind(("", address))
+        taken.listen()
+        with cli._as_rank(["check"]) as given:
+            assert given == ["check"]
+            with pytest.raises(UsageError, match=f"rank 0 of 2 cannot meet the others at 127.0.0.1:{address}"):
+                outer.follow()
+
+
+def test_rank_0_says_how_many_came(monkeypatch, address):
+    """Where it needs the others, rank 0 waits for them for as long as is said."""
+    monkeypatch.setattr(outer, "_ARRIVAL", timedelta(seconds=0.3))
+    with pytest.raises(UsageError, match=f"1 of 2 ranks came to 127.0.0.1:{address} in 0.3 s"):
+        outer.follow()
+
+
+_FOLLOWER = "from harness.cli import main; import sys; sys.argv = ['harness', 'check']; main()"
+
+
+def test_a_rank_that_waits_says_so_and_ends_with_rank_0(address):
+    """A follower tells whom it waits for, and ends when rank 0 does, where it was not needed either."""
+    follower = subprocess.Popen(
+        [sys.executable, "-c", _FOLLOWER],
+        cwd=ROOT,
+        env={**_environment(), "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with cli._as_rank(["check"]):
+            assert outer._gather(outer._store(0, 2), 2, 60) == 2
+        shown = follower.communicate(timeout=60)
+    finally:
+        follower.kill()
+    assert shown == ("", f"rank 1 of 2 follows rank 0 at 127.0.0.1:{address} ...\n")
+    assert follower.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "tensor", "seen", "refused"),
+    [
+        ("cpu", 2, "cuda", True),
+        (None, 2, "cuda", True),
+        ("cpu", 1, "cuda", False),
+        ("cuda", 2, "cuda", False),
+        ("cpu", 2, "cpu", False),
+    ],
+)
+def test_shards_on_the_cpu_need_ranks_that_see_no_other_device(monkeypatch, device, tensor, seen, refused):
+    """Layers are cut on what torch sees: a launcher must start ranks that see nothing, and is told how."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device(seen))
+    if not refused:
+        outer.refuse_accelerator(device, tensor)
+        return
+    with pytest.raises(UsageError, match=r"device=cpu with 2 shards .* see cuda\. .*CUDA_VISIBLE_DEVICES= torchrun"):
+        outer.refuse_accelerator(device, tensor)
 
 
 # --- requests and answers --------------------------------------------------------------------------
@@ -147,7 +244,7 @@ def team_of(monkeypatch, errors, following=None):
     monkeypatch.setattr(outer, "_store", lambda _rank, _world: store)
     monkeypatch.setattr(outer, "Server", lambda rank, _store, _pulse: servers[rank])
     ended = []
-    monkeypatch.setattr(outer.atexit, "register", ended.append)
+    monkeypatch.setattr(outer.atexit, "register", lambda end, *given: ended.append(lambda: end(*given)))
     outer._Requests.end_at_exit(store, len(errors))
     team = OuterTeam(Outer(rank=0, world=len(errors)))
     team.spec = "tp:size=9"
@@ -217,6 +314,144 @@ def test_a_rank_that_hangs_does_not_hide_what_another_one_says(monkeypatch):
     end()
 
 
+def test_nothing_is_left_of_what_was_said(monkeypatch):
+    """Requests and answers are removed from the store when they have been read; only counts and the end stay."""
+    team, _, end = team_of(monkeypatch, [None, None, None])
+    before = team._shared.num_keys()
+    for _ in range(2):
+        assert len(team.call("run", bytes(2 * outer._PIECE + 1), world=3)) == 3
+    assert team._shared.num_keys() == before
+    end()
+
+
+@pytest.fixture
+def far():
+    """Two ends of a store between processes, as the ranks have it."""
+    near = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=False)
+    other = TCPStore("127.0.0.1", near.port, 2, False, timedelta(seconds=60), wait_for_workers=False)
+    return PrefixStore("ranks", near), PrefixStore("ranks", other)
+
+
+def test_values_of_any_size_go_through_the_store(far):
+    """20 MB, more than torch's store takes at once, arrive whole; so does what fills its pieces, and nothing."""
+    near, other = far
+    large = os.urandom(2 * 10**7)
+    before = near.num_keys()
+    for data in (large, large[: 2 * outer._PIECE], b""):
+        outer._put(near, "1/request", data)
+        assert outer._got(other, "1/request") == data
+        outer._delete(other, "1/request")
+        assert near.num_keys() == before
+
+
+def test_a_follower_answers_with_more_than_the_store_takes_at_once(monkeypatch, far):
+    """A request and an answer of 20 MB each, over the store of a launch."""
+    near, other = far
+    monkeypatch.setattr(outer, "_store", lambda _rank, _world: near)
+    monkeypatch.setattr(outer, "Server", lambda rank, _store, _pulse: Recorded(rank))
+    team = OuterTeam(Outer(rank=0, world=2))
+    follower = threading.Thread(target=outer._do_as_asked, args=(other, 1, Recorded(1)))
+    follower.start()
+    large = bytes(2 * 10**7)
+    assert team.call("run", large, world=2) == [(0, "run", large), (1, "run", large)]
+    outer._Requests.end(near, 2)
+    follower.join(60)
+    assert not follower.is_alive()
+
+
+class Lost:
+    """A store that has gone after so many uses."""
+
+    def __init__(self, uses):
+        self.uses = uses
+
+    def __getattr__(self, _name):
+        def use(*_arguments):
+            self.uses -= 1
+            if self.uses < 0:
+                raise RuntimeError("Connection reset by peer\nException raised from somewhere")
+            return True
+
+        return use
+
+
+@pytest.mark.parametrize(
+    ("uses", "message"),
+    [
+        (0, "rank 0 of tp:size=9: cannot reach the store of the ranks (Connection reset by peer)"),
+        (2, "rank 1 of tp:size=9: did not answer (Connection reset by peer)"),
+        (3, "rank 1 of tp:size=9: did not answer (Connection reset by peer)"),
+    ],
+)
+def test_a_store_that_is_lost_is_told_in_one_line(monkeypatch, uses, message):
+    """What the store complains of when written or read is told as any other failure, and nobody is asked again."""
+    monkeypatch.setattr(outer, "_store", lambda _rank, _world: Lost(uses))
+    monkeypatch.setattr(outer, "Server", lambda rank, _store, _pulse: Recorded(rank))
+    for _ in range(2):
+        team = OuterTeam(Outer(rank=0, world=2))
+        team.spec = "tp:size=9"
+        with pytest.raises(EngineError) as caught:
+            team.call("run", world=2)
+        assert caught.value.problem == message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_an_interrupted_rank_0_does_not_wait(monkeypatch, error):
+    """Ctrl-C and an exit on rank 0 are passed on at once; the team is left, and closing it asks nobody."""
+    # Rank 1 never answers: whoever waits for it waits two minutes.
+    team, servers, end = team_of(monkeypatch, [error, None], following=set())
+    team.timeout = 120
+    begun = time.monotonic()
+    with pytest.raises(type(error)):
+        team.call("run", world=2)
+    assert team.call("close", world=2) == []
+    assert time.monotonic() - begun < 60
+    assert servers[0].closed == 1
+    monkeypatch.setattr(outer, "_GRACE", 0.1)
+    end()
+
+
+def test_rank_0_is_interrupted_while_it_waits_for_answers(monkeypatch):
+    """Ctrl-C is heard while the others work."""
+    team, servers, end = team_of(monkeypatch, [None, None], following=set())
+    team.timeout = 120
+    monkeypatch.setattr(outer, "_GRACE", 0.1)
+
+    def interrupt(_seconds):
+        monkeypatch.setattr(outer.time, "sleep", sleep)
+        raise KeyboardInterrupt
+
+    sleep = time.sleep
+    monkeypatch.setattr(outer.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        team.call("run", world=2)
+    assert team.call("close", world=2) == []
+    assert servers[0].closed == 1
+    end()
+
+
+def test_a_follower_that_is_told_to_exit_says_so_and_follows_on(monkeypatch):
+    """sys.exit in a hook of rank 1 is its failure, told as any other, and no end without a word."""
+    team, servers, end = team_of(monkeypatch, [None, SystemExit(3)])
+    with pytest.raises(EngineError, match="rank 1 of tp:size=9: SystemExit: 3"):
+        team.call("open", world=2)
+    servers[1].error = None
+    assert len(OuterTeam(Outer(rank=0, world=2)).call("open", world=2)) == 2
+    end()
+
+
+def test_what_cannot_be_sent_is_told_and_does_not_confuse_the_ranks(monkeypatch):
+    """An answer that cannot be pickled is that rank's failure; such a request is raised before anyone is asked."""
+    team, servers, end = team_of(monkeypatch, [None, None])
+    with pytest.raises(TypeError, match="cannot pickle"):
+        team.call("run", threading.Lock(), world=2)
+    assert outer._Requests.number == 0
+    servers[1].rank = threading.Lock()
+    with pytest.raises(EngineError, match="rank 1 of tp:size=9: TypeError: cannot pickle"):
+        team.call("run", world=2)
+    end()
+
+
 def test_a_rank_that_has_lost_rank_0_says_so():
     """Where rank 0 has ended without a word, the others end with an error."""
 
@@ -233,14 +468,16 @@ def test_a_rank_that_has_lost_rank_0_says_so():
 def test_a_follower_ends_without_a_verdict(monkeypatch):
     """A rank that has followed to the end is ended, whatever it was about to do."""
     store = HashStore()
-    outer._put(store, "1/request", ("end", ()))
+    outer._put(store, "1/request", pickle.dumps(("end", ())))
     monkeypatch.setattr(outer, "_store", lambda _rank, _world: store)
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(Followed) as ended:
         outer.follow()
     assert ended.value.code == 0
-    assert store.add("ended", 0) == 1
+    assert (store.add("here", 0), store.add("ended", 0)) == (1, 1)
 
 
 def test_rank_0_is_ended_when_it_hangs(monkeypatch, capfd):
@@ -286,15 +523,13 @@ def test_torchrun_gives_one_report():
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("against llama-tiny/headline") == 1
     assert done.stdout.startswith("identical: tp:size=2,dtype=float32,threads=1 against llama-tiny/headline: ")
-    assert done.stderr == ""
+    assert re.fullmatch(r"rank 1 of 2 follows rank 0 at \S+:\d+ \.\.\.\n", done.stderr)
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_under_mpi_is_named_by_rank_0():
     """Launched as by mpirun, rank 0 shows the traceback of rank 1 and ends with 4, and rank 1 follows it to the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     spec = "pp:stages=2,dtype=float32,threads=1,timeout=60,prepare=tests.engines.ranks.breaking:raising"
     ranks = [
         subprocess.Popen(
@@ -322,4 +557,4 @@ def test_a_rank_that_fails_under_mpi_is_named_by_rank_0():
     assert [rank.returncode for rank in ranks] == [4, 0], shown
     assert f"rank 1 of {spec}: ArithmeticError: rank 1 alone is broken" in shown[0][0]
     assert "in break_it" in shown[0][0]
-    assert shown[1] == ("", "")
+    assert shown[1] == ("", f"rank 1 of 2 follows rank 0 at 127.0.0.1:{port} ...\n")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.engines.ranks.plans import STYLES, Cut, cut_of
+from harness.engines.ranks.plans import SPLIT, STYLES, SUMMED, Cut, cut_of, summed_layers, why_not
 
 
 @given(length=st.integers(1, 40), other=st.integers(1, 4), size=st.integers(1, 8), dim=st.integers(0, 1))
@@ -55,6 +58,70 @@ def test_a_bias_is_cut_with_the_outputs_alone(style, weight, bias):
     """What is summed over the ranks keeps its bias whole."""
     assert cut_of(style, "h.0.mlp.weight") == weight
     assert cut_of(style, "h.0.mlp.bias") == bias
+
+
+_SHAPES = {"bias": (14,), "weight": (14, 18), "experts": (3, 14, 18)}
+_EXPERTS = ("colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicate", "moe_tp_experts")
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_is_what_transformers_does(monkeypatch, style, size):
+    """The pieces that transformers' own style would place on each rank are those of the cut, even or not."""
+    from transformers.distributed import tensor_parallel
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    from harness.engines.ranks import conv1d
+
+    placed = []
+
+    def record(tensor, _mesh, placements, **_):
+        placed.append(placements[0])
+        return tensor
+
+    for module in (tensor_parallel, conv1d):
+        monkeypatch.setattr(module, "distribute_tensor", record)
+    theirs = conv1d.STYLES[style] if style in conv1d.STYLES else ALL_PARALLEL_STYLES[style]
+    for name, shape in _SHAPES.items():
+        if (name == "bias" and "embedding" in style) or (name == "experts" and style not in _EXPERTS):
+            continue
+        tensor = torch.arange(float(np.prod(shape))).reshape(shape)
+        parameter, module = ("gate_up_proj" if name == "experts" else name), torch.nn.Module()
+        module.register_parameter(parameter, torch.nn.Parameter(tensor))
+        placed.clear()
+        theirs.shard_param(module, parameter, None)
+        cut = cut_of(style, f"h.0.{parameter}", tensor.ndim)
+        if not placed or placed[0].is_replicate():
+            assert cut is None
+            continue
+        # What transformers' classes count from the end, torch counts from the start once the tensor is known.
+        place = type(placed[0])(placed[0].dim % tensor.ndim, **_factor(placed[0]))
+        pieces, _ = place._split_tensor(tensor, size, with_padding=False)
+        for shard, piece in enumerate(pieces):
+            assert torch.equal(cut.of(tensor, shard, size), piece), (style, name)
+
+
+def _factor(place):
+    return {"split_factor": place.split_factor} if hasattr(place, "split_factor") else {}
+
+
+def test_what_is_summed_is_cut_along_its_input():
+    """Each style of a sum has its weight cut, and its bias whole."""
+    for style in SUMMED:
+        assert cut_of(style, "h.0.weight") is not None
+        assert cut_of(style, "h.0.bias") is None
+
+
+def test_the_summed_layers_of_a_model_are_its_plans():
+    """A cut model's own plan counts, before ours for its type; styles can be asked for one by one."""
+    model = torch.nn.Module()
+    model.h = torch.nn.ModuleList([torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2), "down": torch.nn.Linear(2, 2)})])
+    model.config = SimpleNamespace(model_type="another")
+    assert summed_layers(model) == frozenset()
+    model.tp_plan = {"h.*.up": "rowwise_rep", "h.*.down": "rowwise"}
+    assert summed_layers(model) == {"h.0.up", "h.0.down"}
+    assert summed_layers(model, SPLIT) == {"h.0.down"}
 
 
 def test_an_unknown_style_is_no_whole_tensor():

@@ -40,9 +40,9 @@ def _watched(monkeypatch):
     assert [seen.left() for seen in WatchedTeam.made] == [[]] * len(WatchedTeam.made)
 
 
-def light(size=2, server="Light", limit=_LIMIT):
+def light(size=2, server="Light", limit=_LIMIT, **options):
     """A team of ranks without a model."""
-    team = WatchedTeam(size, threads=1, server=f"{_BREAKING}:{server}")
+    team = WatchedTeam(size, **{"threads": 1, **options}, server=f"{_BREAKING}:{server}")
     team.spec, team.timeout = "tp:size=2", limit
     return team
 
@@ -89,7 +89,7 @@ def test_progress_says_where_a_rank_is():
 
 def test_a_kept_team_is_used_again_and_ended_at_last(monkeypatch):
     """Inside `kept` engines share processes, a larger team or one that has died is replaced, and all end with it."""
-    monkeypatch.setattr(spawned, "SpawnedTeam", lambda size, threads: light(size))
+    monkeypatch.setattr(spawned, "SpawnedTeam", light)
     with spawned.kept():
         first = spawned.team_of(2, None)
         spawned.release(first)
@@ -106,6 +106,49 @@ def test_a_kept_team_is_used_again_and_ended_at_last(monkeypatch):
         spawned.release(third)
         assert third.alive
     assert not third.alive
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "same"),
+    [
+        ({"threads": 3}, {"threads": 3}, True),
+        ({"threads": 3}, {"threads": None}, False),
+        ({"threads": None}, {"threads": 3}, False),
+        # 8 cores over the 2 ranks that it has.
+        ({"threads": None}, {"threads": 4}, True),
+        ({"threads": None, "device": "cuda"}, {"threads": None, "device": "cuda"}, True),
+        ({"threads": None, "device": "cuda"}, {"threads": None}, False),
+    ],
+)
+def test_a_kept_team_serves_only_what_asks_for_ranks_like_its_own(monkeypatch, made, asked, same):
+    """Threads and device of a kept team are what the next SPEC asks for; without threads these are its shared cores."""
+    monkeypatch.setattr(spawned, "SpawnedTeam", light)
+    monkeypatch.setattr(spawned.os, "cpu_count", lambda: 8)
+    with spawned.kept():
+        first = spawned.team_of(2, **made)
+        spawned.release(first)
+        second = spawned.team_of(1, **asked)
+        assert (second is first) is same
+        assert first.alive is same
+        spawned.release(second)
+
+
+def environment_of(pid):
+    """What a process was started with."""
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return dict(pair.decode().split("=", 1) for pair in pairs if pair)
+
+
+def test_ranks_on_the_cpu_see_no_accelerator(monkeypatch):
+    """Ranks of a candidate on the CPU see no GPU, whatever there is; those of another see what their parent does."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    for device, expected in {"cpu": ["", "", "3"], "cuda": ["0,1", None, "3"]}.items():
+        team = light(device=device, threads=3)
+        found = [environment_of(pid) for pid in team.pids]
+        team.close()
+        assert [[one.get(name) for name in names] for one in found] == [expected] * 2
 
 
 def test_a_team_outlives_the_thread_that_opened_it():
@@ -195,6 +238,17 @@ def test_a_rank_that_loads_is_seen_to_work():
     assert team.call("compute", 1, 3.0, world=2, loading=True) == [0, 1]
     with pytest.raises(EngineError, match="got nowhere for 1 s"):
         team.call("slow", 1, 600, world=2, loading=True)
+
+
+def test_ranks_that_are_not_there_are_not_asked():
+    """A closed team, and one that is too small, is an error and no empty answer."""
+    team = light()
+    with pytest.raises(EngineError, match="tp:size=2 asks 3 ranks, and its team has 2"):
+        team.call("echo", 1, world=3)
+    assert team.alive
+    team.close()
+    with pytest.raises(EngineError, match="tp:size=2 asks 2 ranks, and its team has 0"):
+        team.call("echo", 1, world=2)
 
 
 def test_all_that_wait_are_named_where_nobody_else_is_at_work():

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from harness.cli import cli
+from harness.engines.ranks.layout import Layout
+from harness.errors import ModelError
+from harness.flow import matrix
+
+
+@pytest.mark.parametrize("host", ["bloom-tiny", "llama-tiny", "gpt2-tiny"])
+def test_every_cell_of_the_shipped_models_exists(goldens: Path, host: str) -> None:
+    """Three precisions in six layouts, the largest first; heads and blocks of these models divide by 2 and 3."""
+    found = list(matrix.cells(goldens / host / "translate"))
+    assert len(found) == 18
+    assert all(not cell.reason for cell in found)
+    assert found[0].layout.world == max(cell.layout.world for cell in found)
+    assert {cell.spec for cell in found} >= {
+        "hf:dtype=float16",
+        "tp:size=3,dtype=bfloat16",
+        "pp:stages=2,dtype=float32",
+        "tp:size=2,stages=2,dtype=float16",
+    }
+
+
+def test_a_cell_that_cannot_exist_has_its_reason(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that do not divide, more stages than blocks."""
+    monkeypatch.setattr(matrix, "LAYOUTS", (Layout(tensor=4), Layout(stages=9), Layout()))
+    found = list(matrix.cells(goldens / "llama-tiny" / "translate"))
+    reasons = {str(cell.layout): cell.reason for cell in found}
+    assert "12 attention heads" in reasons["tp 4"] or "6 key/value heads" in reasons["tp 4"]
+    assert "5 blocks are fewer than 9 stages" in reasons["pp 9"]
+    assert reasons["1 process"] == ""
+
+
+def test_a_golden_without_its_model_has_no_matrix(home: Path) -> None:
+    """The model is what tells which cells there are."""
+    import shutil
+
+    shutil.rmtree("golden/small/model")
+    with pytest.raises(ModelError, match="not beside it"):
+        list(matrix.cells("golden/small/small"))
+
+
+def test_the_command_runs_the_cells_and_draws_the_grid(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reduced matrix in real ranks: every cell ok, one that cannot exist with its reason, exit code 0."""
+    layouts = (Layout(tensor=2, stages=2), Layout(tensor=4), Layout(stages=3), Layout())
+    monkeypatch.setattr(matrix, "LAYOUTS", layouts)
+    monkeypatch.setattr(matrix, "PRECISIONS", ("float32", "bfloat16"))
+    done = CliRunner().invoke(cli, ["check", str(goldens / "gpt2-tiny" / "translate"), "--matrix", "--quick"])
+    assert done.return_value == 0 or done.exit_code == 0, done.output
+    grid = done.output[done.output.index("checks:") :].splitlines()[2:]
+    assert [line.split()[0] for line in grid[:5]] == ["float32", "1", "pp", "tp", "tp"]
+    assert grid[3].count("none") == 2
+    assert "identical" in grid[1]
+    assert grid[5].startswith("no such cell: tp 4, float32: its 6 attention heads cannot be divided among 4 ranks")
+    assert CliRunner().invoke(cli, ["check", "x", "--matrix", "-c", "hf"]).exit_code != 0
