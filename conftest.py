@@ -7,12 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("GITHUB_STEP_SUMMARY", None)  # the checks that tests run are no part of the summary of CI's own step
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Idle OpenMP threads that spin take the core from the test on the other worker, which then spins too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# How long an example takes on a busy machine says nothing about the code.
+settings.register_profile("harness", deadline=None)
+settings.load_profile("harness")
 
 ROOT = Path(__file__).parent
 
