@@ -8,12 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.engines.ranks.layout import Layout
-from harness.engines.ranks.probes import Shown, Side, Whole
-
-#: A place is wrong from this multiple of the largest distance that benign variants of the reference show there.
-_FACTOR = 4.0
-#: And from this share of what is computed there: at a place that no variant changes there is no distance to take.
-_LEAST = 1e-6
+from harness.engines.ranks.probes import FACTOR, LEAST, Shown, Side, Whole
 
 Place = tuple[str, Side]
 
@@ -55,7 +50,7 @@ def _is_wrong(
     place = (one.module, one.side)
     right = reference[place].of(shard, size)
     usual = max((_rms(variant[place].of(shard, size) - right) for variant in variants), default=0.0)
-    limit = max(_FACTOR * usual, _LEAST * _rms(right))
+    limit = max(FACTOR * usual, LEAST * _rms(right))
     # Not finite is wrong, and a shape of its own is.
     return one.values.shape != right.shape or not _rms(one.values - right) <= limit
 

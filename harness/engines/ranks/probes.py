@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 #: Prompts of a probe, and tokens of each.
 PROMPTS, TOKENS = 4, 24
 
+#: A place is wrong from this multiple of the largest distance that benign variants of the reference show there.
+FACTOR = 4.0
+#: And from this share of what is computed there: at a place that no variant changes there is no distance to take.
+LEAST = 1e-6
+
 Side = Literal["input", "partial", "output"]
 
 

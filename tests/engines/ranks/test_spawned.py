@@ -300,6 +300,7 @@ def test_an_interrupted_call_ends_the_team():
 
 _PARENT = f"""
 import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from harness.engines.ranks.spawned import SpawnedTeam
 
 def work():
