@@ -220,6 +220,9 @@ def test_rows_that_attend_to_nothing_are_harmless_in_32_bits(opened, host):
 def test_bugs_are_undone_after_an_error(opened, bug):
     """An error inside the block leaves nothing behind."""
     engine = opened.engine("llama-tiny")
+    # The class of its cache and its tokenizer are an engine's own from its first request on, whichever test makes it.
+    engine.generate(REQUESTS, batch_size=3, stop_ids=NONE)
+    assert engine.tokenizer is not None
 
     def fail():
         with unharmed(engine), bug.applied(engine):
