@@ -28,7 +28,7 @@ def identify(directory: Path) -> Identity:
         ModelError: where there are none, or a file is damaged.
     """
     content, shapes, sizes = hashlib.sha256(), hashlib.sha256(), dict[str, int]()
-    for name, path in sorted(_tensor_files(directory)):
+    for name, path in sorted(tensor_files(directory)):
         shape, dtype, count, raw = _tensor(path, name)
         shapes.update(f"{name} {shape}\n".encode())
         content.update(f"{name} {shape} {dtype}\n".encode() + hashlib.sha256(raw).digest())
@@ -41,7 +41,12 @@ def identify(directory: Path) -> Identity:
     )
 
 
-def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
+def tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Each tensor's name, and the file that holds it.
+
+    Raises:
+        ModelError: where there are none, a file is damaged, or two hold the same.
+    """
     from safetensors import SafetensorError, safe_open
 
     files = sorted(directory.glob("*.safetensors"))

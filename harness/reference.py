@@ -10,6 +10,7 @@ import numpy as np
 from harness import scorer
 from harness.engines.base import Engine
 from harness.errors import ModelError
+from harness.numerics import metrics
 from harness.numerics.constants import CENTRE_SHARE, FP32_REFERENCE_RATIO
 from harness.numerics.sketch import Sketcher
 from harness.replicas import measure_floor
@@ -94,7 +95,7 @@ def observe(
         if floor is None:
             left_out[dtype] = "the reference, or most of its variants, is not finite in it"
             continue
-        typical = float(np.sqrt(np.mean(floor.sigma.astype(np.float64) ** 2)))
+        typical = metrics.rms(floor.sigma.astype(np.float64))
         if dtype == "float32":
             finest = typical
         if precision == "float32" and (finest is None or typical < FP32_REFERENCE_RATIO * finest):

@@ -93,7 +93,7 @@ def _as_centre(rows: Rows, native: Rows, inexact: int) -> Centre:
         projections=rows.projections,
         top_ids=rows.top_ids,
         top_logits=rows.top_logits,
-        shift=float(np.sqrt(np.mean(shift**2))),
+        shift=metrics.rms(shift),
         inexact_tensors=inexact,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.changes.prompts import FINEST_FIRST, Shared
-from harness.numerics import bounds, statistics
+from harness.numerics import bounds, metrics, statistics
 from harness.numerics.constants import ALPHA_POOLED, EFFECT
 from harness.numerics.moments import norms_of, scale_of
 from harness.values import Change, Floor, Golden, Kind
@@ -92,7 +92,7 @@ def _of_floor(
     if _same_floor(before, after, prompts) and all(np.array_equal(*pair) for pair in pairs.values()):
         return
     effect = _effect(name)
-    ratios = {words: _typical(now) / max(_typical(was), _TINY) for words, (was, now) in pairs.items()}
+    ratios = {words: metrics.rms(now) / max(metrics.rms(was), _TINY) for words, (was, now) in pairs.items()}
     wrong = {words: ratio for words, ratio in ratios.items() if not 1 / effect <= ratio <= effect}
     for words, ratio in wrong.items():
         widen = "widen" if ratio > 1 else "narrow"
@@ -113,10 +113,6 @@ def _joined(
     before = np.concatenate([old[place] for place, _ in places])
     after = np.concatenate([new[place] for _, place in places])
     return before.astype(np.float64), after.astype(np.float64)
-
-
-def _typical(values: Float64) -> float:
-    return float(np.sqrt(np.mean(values**2))) if len(values) else 0.0
 
 
 def _same_floor(old: Floor, new: Floor, prompts: Sequence[tuple[int, int]]) -> bool:
@@ -159,12 +155,12 @@ def of_centres(old: Golden, new: Golden, shared: Sequence[Shared]) -> Iterator[C
         places = np.concatenate([one.old for one in shared]), np.concatenate([one.new for one in shared])
         was, now = before.projections[places[0]], after.projections[places[1]]
         moved = _length(now.astype(np.float64) - was) / np.maximum(old.floors[name].sigma[places[0]], _TINY)
-        far = not _typical(moved) <= _effect(name)
+        far = not metrics.rms(moved) <= _effect(name)
         if far:
-            words = f"the weights cast to it give logits {_typical(moved):.3g} x round-off from where they were"
+            words = f"the weights cast to it give logits {metrics.rms(moved):.3g} x round-off from where they were"
             yield _note(f"centre {name}", Kind.BUG_SIZED, words)
         elif not _same_centre(old, new, name, shared):
-            words = f"moved by {_typical(moved):.2g} x round-off at most"
+            words = f"moved by {metrics.rms(moved):.2g} x round-off at most"
             yield _note(f"centre {name}", Kind.DRIFT, words)
 
 
@@ -205,7 +201,7 @@ def of_directions(
         beyond = np.abs(now.astype(np.float64) - was) - np.maximum(np.spacing(np.abs(was)), np.spacing(np.abs(now)))
         length = _length(np.maximum(beyond, 0.0))
         unit = np.concatenate([sigma[one.old] for one in shared]) if sigma is not None else np.zeros(len(length))
-        moved = _typical(length / np.maximum(unit, _TINY))
+        moved = metrics.rms(length / np.maximum(unit, _TINY))
         kind = Kind.DRIFT if moved <= effect else Kind.BUG_SIZED
         yield _note(f"direction {name}", kind, f"moved by {moved:.2g} x round-off")
 

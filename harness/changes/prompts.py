@@ -197,7 +197,7 @@ def _judged(old: Golden, new: Golden, name: str, shared: Shared, yard: Yardstick
     sigma = np.maximum(yard.floor.sigma[shared.old].astype(np.float64), _TINY)
     error = metrics.error_norm(new.rows.projections[shared.new], old.rows.projections[shared.old])
     ratio = error / sigma
-    deviation = float(np.sqrt(np.mean(ratio**2))) if len(ratio) else 0.0
+    deviation = metrics.rms(ratio)
     limit = yard.limit(prompt, shared.share)
     found = [
         _error(old, shared, ratio, deviation, limit),

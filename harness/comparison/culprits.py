@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from harness.engines.ranks.layout import Layout
 from harness.engines.ranks.probes import FACTOR, LEAST, Shown, Side, Whole
+from harness.numerics import metrics
 
 Place = tuple[str, Side]
 
@@ -49,14 +47,10 @@ def _is_wrong(
 ) -> bool:
     place = (one.module, one.side)
     right = reference[place].of(shard, size)
-    usual = max((_rms(variant[place].of(shard, size) - right) for variant in variants), default=0.0)
-    limit = max(FACTOR * usual, LEAST * _rms(right))
+    usual = max((metrics.rms(variant[place].of(shard, size) - right) for variant in variants), default=0.0)
+    limit = max(FACTOR * usual, LEAST * metrics.rms(right))
     # Not finite is wrong, and a shape of its own is.
-    return one.values.shape != right.shape or not _rms(one.values - right) <= limit
-
-
-def _rms(values: NDArray[np.float64]) -> float:
-    return float(np.sqrt(np.mean(values**2)))
+    return one.values.shape != right.shape or not metrics.rms(one.values - right) <= limit
 
 
 def _in_words(one: Shown, wrong: list[int], ranks: list[int], stage: int, layout: Layout, enters: bool) -> str:

@@ -50,16 +50,12 @@ def _row(contexts: tuple[Context, Context], one: Pass, other: Pass) -> PairRow:
     unit = np.maximum(floors[0].sigma[place], floors[1].sigma[place]).astype(np.float64)
     return replace(
         found,
-        first=_rms(metrics.error_norm(one.rows.projections, contexts[0].centre.projections[place]) / unit),
-        second=_rms(metrics.error_norm(other.rows.projections, contexts[1].centre.projections[place]) / unit),
-        apart=_rms(metrics.error_norm(one.rows.projections, other.rows.projections) / unit),
+        first=metrics.rms(metrics.error_norm(one.rows.projections, contexts[0].centre.projections[place]) / unit),
+        second=metrics.rms(metrics.error_norm(other.rows.projections, contexts[1].centre.projections[place]) / unit),
+        apart=metrics.rms(metrics.error_norm(one.rows.projections, other.rows.projections) / unit),
     )
 
 
 def _equal(one: Rows, other: Rows) -> float:
     same = (one.projections == other.projections).all(axis=1) & (one.logsumexp == other.logsumexp)
     return float(np.mean(same)) if len(same) else 1.0
-
-
-def _rms(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
-    return float(np.sqrt(np.mean(values**2)))

@@ -41,11 +41,7 @@ def measure(golden: Golden, trace: Trace, emulated: Sequence[Pass]) -> Sharding:
         return Sharding(ranks=ranks)
     return Sharding(
         ranks=ranks,
-        plain=_rms(np.concatenate(plain)),
-        emulated=_rms(np.concatenate(other)),
+        plain=metrics.rms(np.concatenate(plain)),
+        emulated=metrics.rms(np.concatenate(other)),
         equal=float(np.mean(np.concatenate(equal))),
     )
-
-
-def _rms(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float:
-    return float(np.sqrt(np.mean(values**2)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,23 @@ from harness.errors import GoldenError, UsageError
 CANDIDATES = "candidates.toml"
 
 
-def engine_of(candidate: Any, model: Path | None) -> Engine:
+def engine_of(candidate: Any, model: Path | None, progress: Callable[[str], None]) -> Engine:
     """The engine that a SPEC names or that goes around an object, closed.
 
     Args:
         candidate: a SPEC, an Engine, a transformers model, an nn.Module or a callable.
         model: the directory of weights for a SPEC that names none.
+        progress: called with a few words while it works.
 
     Raises:
         UsageError: for what is no candidate.
     """
+    found = _engine_of(candidate, model)
+    found.progress = progress
+    return found
+
+
+def _engine_of(candidate: Any, model: Path | None) -> Engine:
     if isinstance(candidate, str):
         return build_engine(candidate, model=None if model is None else str(model))
     if isinstance(candidate, Engine):

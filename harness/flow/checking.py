@@ -85,9 +85,7 @@ def check(
             verdict = replace(verdict, sharding=sharding_of(golden, given, beside, progress, None, verdict))
         else:
             basis = None if bank is None else bank.basis
-            engine = engine_of(candidate, directory)
-            engine.progress = progress
-            with engine:
+            with engine_of(candidate, directory, progress) as engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
                 verdict = _judged(golden, trace, quick, reference, spreads, bank, maker, progress)

@@ -57,15 +57,11 @@ def run(
     """
     work = _work(work)
     if isinstance(work, Suite):
-        engine = engine_of(candidate, None if model is None else Path(model))
-        engine.progress = progress
-        with engine:
+        with engine_of(candidate, None if model is None else Path(model), progress) as engine:
             return free_trace(engine, work, quick=quick, progress=progress)
     directory = reference_directory(work, model)
     bank = templates(work, directory, progress) if diagnose else None
-    engine = engine_of(candidate, directory)
-    engine.progress = progress
-    with engine:
+    with engine_of(candidate, directory, progress) as engine:
         refuse_other_model(work, engine)
         basis = None if bank is None else bank.basis
         return forced_trace(engine, work, quick=quick, upcast=upcast, basis=basis, progress=progress)

@@ -23,6 +23,11 @@ def error_norm(projections: Float32, centre: Float32) -> Float64:
     return norm
 
 
+def rms(values: Float64) -> float:
+    """Root mean square of all values, 0.0 of none."""
+    return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
+
+
 def row_sigma(norms: Float64) -> Float64:
     """Root mean square over replicas of the error lengths [K, N], with the floor of numerics 2.2, [N]."""
     sigma: Float64 = np.sqrt(np.mean(norms**2, axis=0))

@@ -34,6 +34,12 @@ def test_error_norm_keeps_small_differences():
     assert metrics.error_norm(other, centre)[0] == pytest.approx(expected, rel=1e-14)
 
 
+def test_rms_is_that_of_all_values():
+    """The root mean square is over every value of an array of any shape, and 0 of none."""
+    assert metrics.rms(np.array([[3.0, 4.0], [0.0, 0.0]])) == 2.5
+    assert metrics.rms(np.zeros(0)) == 0.0
+
+
 def test_row_sigma_is_the_rms_over_replicas():
     """Sigma of a row is the root mean square of its errors over the replicas."""
     norms = rng_of().uniform(1, 2, size=(6, 9))

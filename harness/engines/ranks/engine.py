@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,7 +17,7 @@ from typing import Any, Protocol, Self
 from harness import suites
 from harness.engines import hf, spec
 from harness.engines.base import Engine
-from harness.engines.ranks import outer, plans, probes, spawned, stages
+from harness.engines.ranks import outer, plans, probes, serving, spawned, stages
 from harness.engines.ranks.layout import Layout, refusal
 from harness.engines.ranks.serving import Done, Setup, Work
 from harness.environment import Quiet
@@ -54,6 +55,10 @@ class Team(Protocol):
     @property
     def size(self) -> int:
         """How many there are."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether they can be asked for more."""
 
     def meeting(self) -> str:
         """Where they meet for a new group."""
@@ -157,11 +162,8 @@ class ParallelEngine(Engine):
         self._stack.callback(self._close_ranks)
 
     def _close_ranks(self) -> None:
-        team = self._team
-        if isinstance(team, spawned.SpawnedTeam) and not team.alive:
-            return
-        if team is not None:
-            team.call("close", world=self.options.layout.world)
+        if self._team is not None and not self.lost:
+            self._team.call("close", world=self.options.layout.world)
 
     def _setup(self) -> Setup:
         return Setup(
@@ -170,8 +172,7 @@ class ParallelEngine(Engine):
             layout=self.options.layout,
             micro_batches=self.options.micro_batches,
             prepare=self.options.prepare,
-            # A rank that waits must outlast the watch over all, which knows better whom it waits for.
-            timeout=2 * self.options.timeout + 30,
+            timeout=serving.patience(self.options.timeout),
             meeting=self.team.meeting(),
         )
 
@@ -188,7 +189,7 @@ class ParallelEngine(Engine):
 
     @property
     def lost(self) -> bool:
-        return self._team is not None and not getattr(self._team, "alive", True)
+        return self._team is not None and not self._team.alive
 
     @property
     def team(self) -> Team:
@@ -359,8 +360,7 @@ class _Widened(ParallelEngine):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        team = self.team
-        if not (isinstance(team, spawned.SpawnedTeam) and not team.alive):
+        if not self.lost:
             self.ask("narrow")
         self._team = None
 
@@ -389,13 +389,14 @@ def difference(checksums: Sequence[Sequence[tuple[str, int]]], ranks: Sequence[i
         checksums: of each rank, modules in the order of the forward.
         ranks: their numbers.
     """
-    for one in zip(*checksums, strict=False):
-        (name, _), values = one[0], [value for _, value in one]
-        if len(set(values)) > 1:
-            most = max(set(values), key=values.count)
+    for one in zip_longest(*checksums):
+        if len(set(one)) > 1:
+            most = max(set(one), key=one.count)
+            # A rank that ran no such module, or fewer, differs too; the name is that of those that agree.
+            name = next(shown[0] for shown in (most, *one) if shown is not None)
             # Of two that differ neither is more; of more, those that stand alone.
-            odd = [rank for rank, value in zip(ranks, values, strict=True) if value != most]
-            alone = len(odd) < len(values) - len(odd)
+            odd = [rank for rank, shown in zip(ranks, one, strict=True) if shown != most]
+            alone = len(odd) < len(one) - len(odd)
             who = f"rank {', '.join(map(str, odd))}" if alone else f"ranks {', '.join(map(str, ranks))}"
             return f"{name}: {who} {'unlike the others' if alone else 'unlike each other'}"
     return ""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hooks
@@ -80,20 +81,24 @@ def audit(engine: RankEngine) -> tuple[list[str], list[str]]:
 
     keys = stages.checkpoint_keys(engine.source)
     unlike, unaudited = [], []
-    for name, parameter in engine.model.named_parameters():
-        named = _in_model(engine, name)
-        key = _in_checkpoint(named, keys, engine)
-        known, cut = _cut(engine, name, parameter)
-        if key is None or not known:
-            unaudited.append(named)
-            continue
-        with safe_open(keys[key], framework="pt") as opened:
-            whole = opened.get_tensor(key)
-        own = whole if cut is None else cut.of(whole, engine.place.shard, engine.layout.tensor)
-        held = local_part(parameter)
-        same = own.shape == held.shape and torch.equal(own.to(held.device, held.dtype), held)
-        if not same:
-            unlike.append(named)
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+        for name, parameter in engine.model.named_parameters():
+            named = _in_model(engine, name)
+            key = _in_checkpoint(named, keys, engine)
+            known, cut = _cut(engine, name, parameter)
+            if key is None or not known:
+                unaudited.append(named)
+                continue
+            file = keys[key]
+            if file not in opened:
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+            whole = opened[file].get_tensor(key)
+            own = whole if cut is None else cut.of(whole, engine.place.shard, engine.layout.tensor)
+            held = local_part(parameter)
+            same = own.shape == held.shape and torch.equal(own.to(held.device, held.dtype), held)
+            if not same:
+                unlike.append(named)
     return unlike, unaudited
 
 
@@ -107,19 +112,15 @@ def name_in_model(engine: RankEngine, module: str) -> str:
     return _in_model(engine, f"{module}.")[:-1]
 
 
-def _in_checkpoint(name: str, keys: dict[str, Any], engine: RankEngine) -> str | None:
+def _in_checkpoint(name: str, keys: dict[str, Path], engine: RankEngine) -> str | None:
     """A parameter's name in the checkpoint: with or without the base model's prefix; a tied head is the embedding."""
     config: Any = engine.model.config
     base = engine.model.base_model_prefix
     names = [name, name.removeprefix(f"{base}."), f"{base}.{name}"]
     if name == "lm_head.weight" and config.tie_word_embeddings:
-        embedding = _embedding(config)
+        embedding = f"{stages.embedding_of(config)}.weight"
         names += [f"{base}.{embedding}", embedding]
     return next((one for one in names if one in keys), None)
-
-
-def _embedding(config: Any) -> str:
-    return {"bloom": "word_embeddings.weight", "gpt2": "wte.weight"}.get(config.model_type, "embed_tokens.weight")
 
 
 # --- what every rank of a stage must agree on --------------------------------------------------

@@ -31,7 +31,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from harness.engines.ranks.failure import Failure, error_of, raised
-from harness.engines.ranks.serving import Server, Setup
+from harness.engines.ranks.serving import LOADING, Server, Setup, patience
 from harness.errors import EngineError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -58,8 +58,6 @@ _GRACE = 5.0
 _LOOK = 0.02
 #: torch's store drops a connection that brings it more than 8 MiB at once.
 _PIECE = 2**21
-#: As spawned.py: loading may take this many times the limit of silence.
-_LOADING = 10
 
 
 class Followed(SystemExit):
@@ -194,14 +192,17 @@ class OuterTeam:
         self._watch.beat()
         self.progress(f"rank 0: {what}")
 
+    @property
+    def alive(self) -> bool:
+        """Whether no rank has failed; one that hangs would not answer."""
+        return not self._failed and _Requests.lost is None
+
     def meeting(self) -> str:
         """A name under which the ranks' groups meet."""
         return f"meeting-{_Requests.number}"
 
     def call(self, request: str, *arguments: Any, world: int, loading: bool = False) -> list[Any]:
         """As `SpawnedTeam.call`; these ranks wait for each other as long as their groups do."""
-        if self._failed and request == "close":
-            return []  # it is closed, and a rank that hangs would not answer
         if _Requests.lost is not None:
             raise error_of(self.spec, [_Requests.lost])
         data = pickle.dumps((request, arguments))  # before anything is told of it: it may be what cannot be sent
@@ -229,16 +230,15 @@ class OuterTeam:
             return [], [_Requests.lost]
         answers: list[Any] = []
         failures: list[Failure] = []
-        # A rank that waits gives up after twice the time and half a minute (Setup.timeout): what is silent for longer
-        # than that hangs by itself.
-        limit = self.timeout * (2 + (_LOADING if loading else 0)) + 30 + 2 * _GRACE
+        # What is silent for longer than a rank waits for another hangs by itself.
+        limit = patience(self.timeout) + (LOADING * self.timeout if loading else 0) + 2 * _GRACE
         try:
             with self._watch.over(limit, self.spec):
                 answers.append(self._own.answer(request, *arguments))
         except Exception as error:  # noqa: BLE001  # whatever it was, the others' side is to be told too
             failures.append(raised(0, error))
             self._fail()
-        end = time.monotonic() + (_GRACE if failures else self.timeout * (_LOADING if loading else 1))
+        end = time.monotonic() + (_GRACE if failures else self.timeout * (LOADING if loading else 1))
         for rank in range(1, world):
             found = self._answer(f"{_Requests.number}/{rank}", rank, end)
             if isinstance(found, Failure):

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from harness.engines.ranks.rank import RankEngine
 
 
+#: Starting a rank and loading a model, which send no pulses, may take this many times the limit of silence.
+LOADING = 10
+
+
+def patience(timeout: float) -> float:
+    """Seconds that a rank waits for another, where ``timeout`` without progress is a failure.
+
+    It outlasts the watch over all ranks, which knows better whom it waits for.
+    """
+    return 2 * timeout + 30
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
     """What a rank opens.

@@ -24,12 +24,10 @@ from typing import Any
 
 from harness.engines.ranks.failure import Failure, error_of, killed, waits_in
 from harness.engines.ranks.scratch import Scratch
+from harness.engines.ranks.serving import LOADING
 from harness.engines.ranks.wire import Wire
 from harness.errors import EngineError
 
-#: Starting a rank and loading a model, which send no pulses, may take this many times the limit of silence: all of it
-#: where the rank is seen to work, or where the system does not show that.
-_LOADING = 10
 #: A rank that loads works where it comes to this many seconds of processor time, or megabytes read, a second.
 _WORK = 0.05
 #: Seconds in which the others may tell their side after one rank failed.
@@ -256,8 +254,9 @@ class SpawnedTeam:
         heard = max(rank.heard for rank in asked)
         if not loading:
             return self.timeout if now - heard > self.timeout else 0.0
-        if now - heard > _LOADING * self.timeout:
-            return _LOADING * self.timeout
+        # All of it where a rank is seen to work, or where the system does not show that.
+        if now - heard > LOADING * self.timeout:
+            return LOADING * self.timeout
         # Looks further apart than the system's clock of processor time is coarse.
         for rank in asked:
             if now - rank.looked > min(1.0, self.timeout / 4):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import checkpoint
 from harness.engines.ranks.layout import Place
 from harness.errors import ModelError, UsageError, first_line
 
@@ -66,6 +67,12 @@ def anatomy_of(config: Any) -> Anatomy:
     return found
 
 
+def embedding_of(config: Any) -> str:
+    """The name of the token embedding in the base model; most types that are not known here call it the same."""
+    known = _ANATOMIES.get(config.model_type)
+    return "embed_tokens" if known is None else known.before[0]
+
+
 def stage_config(config: Any, layers: range) -> Any:
     """The config of a model of these blocks alone."""
     found = copy.deepcopy(config)
@@ -107,24 +114,16 @@ def checkpoint_keys(directory: Path) -> dict[str, Path]:
     Raises:
         ModelError: for a directory without .safetensors weights, or an index that cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     index = directory / "model.safetensors.index.json"
-    fix = "Write it with save_pretrained(..., safe_serialization=True)"
     try:
         if index.is_file():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             # A name in an index is another's word: it stays inside the directory.
             return {key: directory / Path(name).name for key, name in names.items()}
-        found: dict[str, Path] = {}
-        for file in sorted(directory.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "Write it with save_pretrained(..., safe_serialization=True)"
         raise ModelError(f"the checkpoint in {directory} cannot be read ({error})", fix=fix) from None
-    if not found:
-        raise ModelError(f"{directory} holds no .safetensors weights", fix=fix)
-    return found
+    return dict(checkpoint.tensor_files(directory))
 
 
 def renumbered(key: str, config: Any, shift: int) -> str:
@@ -176,7 +175,7 @@ def rescale(model: Any, config: Any, layers: range) -> None:
 
 def missing_of(names: Iterable[str], gone: frozenset[str]) -> list[str]:
     """Tensors that the checkpoint lacks, without those of parts that are gone."""
-    return sorted(name for name in names if not name.startswith(tuple(gone) or ("\0",)))
+    return sorted(name for name in names if not name.startswith(tuple(gone)))
 
 
 def _passing() -> nn.Module:

@@ -130,6 +130,9 @@ def test_differing_ranks_are_named() -> None:
     assert difference([same, same, same], range(3)) == ""
     assert difference([same, (("a", 1), ("b", 3)), same], range(3)) == "b: rank 1 unlike the others"
     assert difference([same, (("a", 9), ("b", 2))], range(2, 4)) == "a: ranks 2, 3 unlike each other"
+    assert difference([same, same, same[:1]], range(3)) == "b: rank 2 unlike the others", "a rank that ran less"
+    assert difference([same[:1], same, same[:1]], range(3)) == "b: rank 1 unlike the others", "a rank that ran more"
+    assert difference([same, (("c", 1), ("b", 2)), same], range(3)) == "a: rank 1 unlike the others", "another module"
 
 
 def test_a_trace_of_ranks_is_judged_elsewhere(goldens: Path, tmp_path: Path) -> None:
