@@ -14,6 +14,7 @@ os.environ.pop("GITHUB_STEP_SUMMARY", None)  # the checks that tests run are no 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Idle OpenMP threads that spin take the core from the test on the other worker, which then spins too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command does
 
 # How long an example takes on a busy machine says nothing about the code.
 settings.register_profile("harness", deadline=None)
