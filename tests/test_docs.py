@@ -29,7 +29,7 @@ SHORTER = (
     ("golden/bloom-tiny/core", "golden/bloom-tiny/headline"),
     (",static_cache=true,compile=true", ",static_cache=true"),
     (",show=tokens ", ",show=top "),  # tokens alone say too little about the one prompt of the shorter suite
-    ("--matrix --quick", "--quick -c tp:size=3,dtype=float16"),  # a cell of it; tests/flow/test_matrix.py has the rest
+    ("--matrix", "--quick -c tp:size=3,dtype=float16"),  # a cell of it; tests/flow/test_matrix.py has the rest
     ("--quick --diagnose || test $? = 1", "--quick"),  # templates of a suite take minutes
     ("--names --nulls 3000 --jobs 2", "--names --quick --only wc-tie-overwrites-head --host llama-untied"),
     ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),

@@ -63,7 +63,9 @@ class _Reports:
 @click.option("--trace", "traces", multiple=True, metavar="FILE", help="What `harness run` made; may be repeated.")
 @click.option("--all", "everything", is_flag=True, help="Every golden, with the candidates named beside it.")
 @click.option("--matrix", is_flag=True, help="Every precision in 1 process, tensor parallel, stages, and both.")
-@click.option("--quick", is_flag=True, help="Only the quick runs and the quick candidates.")
+@click.option(
+    "--quick/--whole", default=None, help="Only the quick runs and candidates; with --matrix that is the default."
+)
 @click.option("--root", type=click.Path(path_type=Path), default=Path("golden"), show_default=True, help="For --all.")
 @click.option(
     "--reference", type=click.Path(path_type=Path), metavar="DIR", help="The golden's model, if not beside it."
@@ -82,7 +84,7 @@ def check(
     traces: tuple[str, ...],
     everything: bool,
     matrix: bool,
-    quick: bool,
+    quick: bool | None,
     root: Path,
     reference: Path | None,
     no_upcast: bool,
@@ -103,7 +105,7 @@ def check(
     harness check golden/bloom-tiny/core --trace from-the-device.trace
     harness check golden/bloom-tiny/core -c hf:model=DIR --diagnose
     harness check golden/bloom-tiny/core -c tp:size=2,dtype=bfloat16 -c pp:stages=2
-    harness check golden/bloom-tiny/core --matrix --quick
+    harness check golden/bloom-tiny/core --matrix
     harness check --all --quick
 
     A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
@@ -122,6 +124,8 @@ def check(
     if not everything and not matrix and not candidates and not traces:
         raise UsageError("no candidate was given", fix="Add -c SPEC, e.g. -c hf:dtype=bfloat16")
     _check_specs(candidates)
+    # A grid multiplies what one check costs: where the quick runs take minutes, all of them take an hour.
+    quick = matrix if quick is None else quick
     reports = _Reports(json=json, junit=junit, markdown=markdown)
     from harness import flow
     from harness.report.matrix import matrix_to_text

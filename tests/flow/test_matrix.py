@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from harness import flow
 from harness.cli import cli
 from harness.engines.ranks.layout import Layout
 from harness.errors import ModelError
 from harness.flow import matrix
+from harness.values import Status, Verdict
+from harness.verdict import failed
 
 
 @pytest.mark.parametrize("host", ["bloom-tiny", "llama-tiny", "gpt2-tiny"])
@@ -50,7 +53,7 @@ def test_the_command_runs_the_cells_and_draws_the_grid(goldens: Path, monkeypatc
     layouts = (Layout(tensor=2, stages=2), Layout(tensor=4), Layout(stages=3), Layout())
     monkeypatch.setattr(matrix, "LAYOUTS", layouts)
     monkeypatch.setattr(matrix, "PRECISIONS", ("float32", "bfloat16"))
-    done = CliRunner().invoke(cli, ["check", str(goldens / "gpt2-tiny" / "translate"), "--matrix", "--quick"])
+    done = CliRunner().invoke(cli, ["check", str(goldens / "gpt2-tiny" / "translate"), "--matrix"])
     assert done.return_value == 0 or done.exit_code == 0, done.output
     grid = done.output[done.output.index("checks:") :].splitlines()[2:]
     assert [line.split()[0] for line in grid[:5]] == ["float32", "1", "pp", "tp", "tp"]
@@ -58,3 +61,20 @@ def test_the_command_runs_the_cells_and_draws_the_grid(goldens: Path, monkeypatc
     assert "identical" in grid[1]
     assert grid[5].startswith("no such cell: tp 4, float32: its 6 attention heads cannot be divided among 4 ranks")
     assert CliRunner().invoke(cli, ["check", "x", "--matrix", "-c", "hf"]).exit_code != 0
+
+
+@pytest.mark.parametrize(("given", "quick"), [([], True), (["--quick"], True), (["--whole"], False)])
+def test_a_cell_does_the_quick_runs_unless_all_are_asked_for(
+    goldens: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], quick: bool
+) -> None:
+    """A grid multiplies what one check costs."""
+    asked = []
+
+    def check(*_arguments: object, **named: object) -> Verdict:
+        asked.append(named["quick"])
+        return failed(Status.ERROR, "not run", golden="g", candidate="c", fix="none", check="engine")
+
+    monkeypatch.setattr(flow, "check", check)
+    monkeypatch.setattr(matrix, "LAYOUTS", (Layout(),))
+    CliRunner().invoke(cli, ["check", str(goldens / "gpt2-tiny" / "translate"), "--matrix", *given])
+    assert asked == [quick] * 3
