@@ -25,7 +25,7 @@ from tests.support import read_json, write_model
 GOLDEN = "golden/small/small"
 RECORD = ("record", "--model", "golden/small/model", "--suite", "prompts/small.toml", "--out")
 COMMANDS = ((), ("check",), ("record",), ("models",), ("models", "list"), ("models", "build"), ("models", "table"),
-            ("run",), ("compare",), ("lint",), ("power",), ("doctor",), ("schema",))  # fmt: skip
+            ("run",), ("compare",), ("lint",), ("power",), ("convert",), ("doctor",), ("schema",))  # fmt: skip
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_help_is_printed_without_torch(torchless, command):
 def test_the_help_names_every_command_and_exit_code(torchless):
     """The first page is complete."""
     text = torchless[("--help",)].out
-    commands = ("check", "record", "run", "compare", "lint", "models", "power", "doctor", "schema")
+    commands = ("check", "record", "run", "compare", "lint", "models", "power", "convert", "doctor", "schema")
     for word in (*commands, "Exit codes: 0 ok", "1 failed", "2 bad input", "4 the engine"):
         assert word in text
 
