@@ -12,6 +12,7 @@ import click
 from harness.cli.checks import check, schema
 from harness.cli.convert import convert
 from harness.cli.doctor import doctor
+from harness.cli.gate import gate
 from harness.cli.goldens import compare, lint
 from harness.cli.models import models
 from harness.cli.power import power
@@ -86,5 +87,5 @@ def cli() -> None:
     """
 
 
-for command in (check, record, run, compare, lint, power, models, convert, doctor, schema):
+for command in (check, record, run, compare, gate, lint, power, models, convert, doctor, schema):
     cli.add_command(command)

@@ -1,10 +1,11 @@
-"""record, run, check, compare: the only place where engines, goldens, comparison and verdict are wired together."""
+"""record, run, check, compare, gate: the only place where engines, goldens, comparison and verdict are wired."""
 
 from __future__ import annotations
 
 from harness.flow.candidates import candidates, check_all
 from harness.flow.checking import check
 from harness.flow.comparing import compare
+from harness.flow.gating import gate
 from harness.flow.matrix import Cell, cells, kept_ranks
 from harness.flow.recording import record, rerecord
 from harness.flow.references import reference_directory, reference_model
@@ -17,6 +18,7 @@ __all__ = [
     "check",
     "check_all",
     "compare",
+    "gate",
     "kept_ranks",
     "record",
     "reference_directory",

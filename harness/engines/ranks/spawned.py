@@ -98,6 +98,8 @@ class SpawnedTeam:
         threads: of each; None shares the cores of the machine among them.
         device: that they compute on; those of "cpu" see no other one.
         server: MODULE:CLASS of what answers requests in a rank.
+        path: where they look for modules; None is where this process does.
+        directory: that they run in; None is this process'.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class SpawnedTeam:
         threads: int | None = None,
         device: str = "cpu",
         server: str = f"{__package__}.serving:Server",
+        path: Sequence[str] | None = None,
+        directory: Path | None = None,
     ) -> None:
         self.size = size
         self.device = device
@@ -115,6 +119,7 @@ class SpawnedTeam:
         self.timeout = 60.0
         self.progress: Callable[[str], None] = lambda _text: None
         self._server = server
+        self._path, self._working = path, directory
         self._scratch = Scratch()
         self._directory = self._scratch.path
         self._meetings = 0
@@ -157,7 +162,7 @@ class SpawnedTeam:
         kept = {key: value for key, value in os.environ.items() if key not in _OUTER}
         environment = {
             **kept,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path) or os.getcwd(),
+            "PYTHONPATH": os.pathsep.join(path for path in self._path or sys.path if path) or os.getcwd(),
             **(_NO_ACCELERATOR if self.device == "cpu" else {}),
             "OMP_NUM_THREADS": str(self.threads),
             "LOCAL_RANK": str(number),
@@ -175,6 +180,7 @@ class SpawnedTeam:
                     stdout=file,
                     stderr=file,
                     env=environment,
+                    cwd=self._working,
                     pass_fds=(theirs.fileno(), lifeline_theirs),
                     start_new_session=True,
                 )

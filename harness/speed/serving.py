@@ -1,0 +1,80 @@
+"""What the process of one side does: judges its candidate, opens it, times it.
+
+Requests and answers are plain values: the other end may be another version of this file.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from harness.engines.base import Engine
+from harness.errors import EngineError
+
+
+class Server:
+    """One side's process; made by engines/ranks/worker.py.
+
+    Args:
+        rank: its number, of which nothing depends.
+        store: of ranks, and not needed.
+        pulse: called with a few words whenever it has got somewhere.
+    """
+
+    def __init__(self, rank: int, store: Callable[..., Any], pulse: Callable[[str], None]) -> None:
+        del rank, store
+        self._pulse = pulse
+        self._stack = ExitStack()
+        self._engine: Engine | None = None
+
+    def answer(self, request: str, *arguments: Any) -> Any:
+        """Do one request; the names are those of the methods below."""
+        asked: dict[str, Callable[..., Any]] = {
+            "check": self.check, "open": self.open, "sample": self.sample, "close": self.close
+        }  # fmt: skip
+        return asked[request](*arguments)
+
+    def check(self, golden: str, spec: str, reference: str | None, quick: bool) -> dict[str, Any]:
+        """The verdict on a candidate: status, whether it is ok, exit code, text, and all of it as JSON has it."""
+        from harness import flow
+        from harness.report.terminal import verdict_to_text
+
+        verdict = flow.check(golden, spec, reference=reference, quick=quick, progress=self._pulse)
+        return {
+            "status": verdict.status.value,
+            "ok": verdict.ok,
+            "exit_code": verdict.status.exit_code,
+            "text": verdict_to_text(verdict),
+            "data": verdict.to_dict(),
+        }
+
+    def open(self, spec: str, model: str | None) -> dict[str, Any]:
+        """Open the engine; shows its settings."""
+        from harness.engines import build_engine
+
+        self.close()
+        engine = build_engine(spec, model=model)
+        engine.progress = self._pulse
+        self._engine = self._stack.enter_context(engine)
+        shown = engine.settings
+        return {key: shown.get(key) for key in ("dtype", "device", "threads", "parameters")}
+
+    def sample(self, prompts: Sequence[Sequence[int]], new: int, repeats: int) -> dict[str, float]:
+        """One run of a shape, as clock.Sample."""
+        from harness.speed import clock
+
+        if self._engine is None:
+            raise EngineError("no engine is open", fix="Open one first")
+        # What others left behind is not this run's to clear away.
+        gc.collect()
+        found = clock.sample(self._engine, prompts, new, repeats=repeats)
+        self._pulse("timed")
+        return asdict(found)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine = None
+        self._stack.close()

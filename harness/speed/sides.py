@@ -1,0 +1,77 @@
+"""Base and candidate, each in a process of its own: neither shares memory, threads or code with the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from harness.engines.ranks.spawned import SpawnedTeam
+from harness.speed.clock import Sample
+from harness.speed.revisions import Checkout
+
+
+class Side:
+    """A candidate in a process of its own; a context manager.
+
+    Args:
+        spec: SPEC of the candidate.
+        model: directory of weights for a SPEC that names none.
+        checkout: where its code comes from; None is what this process runs.
+        timeout: seconds without progress after which it has failed.
+        progress: called with a few words.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        model: Path | None,
+        checkout: Checkout | None,
+        timeout: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.spec = spec
+        self._model, self._checkout = model, checkout
+        self._timeout, self._progress = timeout, progress
+        self._team: SpawnedTeam | None = None
+
+    def __enter__(self) -> Self:
+        self._team = SpawnedTeam(
+            1,
+            device="any",
+            server="harness.speed.serving:Server",
+            path=None if self._checkout is None else self._checkout.path,
+            directory=None if self._checkout is None else self._checkout.directory,
+        )
+        self._team.spec, self._team.timeout = self.spec, self._timeout
+        self._team.progress = lambda text: self._progress(f"{self.spec}: {text.partition(': ')[2] or text}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._team is not None:
+            self._team.close()
+            self._team = None
+
+    def _ask(self, request: str, *arguments: Any, loading: bool = False) -> Any:
+        assert self._team is not None, "it is used inside its with block"
+        return self._team.call(request, *arguments, world=1, loading=loading)[0]
+
+    def check(self, golden: Path, reference: Path | None, *, quick: bool) -> dict[str, Any]:
+        """The verdict on it, as serving.Server.check tells it."""
+        given = None if reference is None else str(reference.resolve())
+        found: dict[str, Any] = self._ask("check", str(golden.resolve()), self.spec, given, quick, loading=True)
+        return found
+
+    def open(self) -> dict[str, Any]:
+        """Load it; some of its settings."""
+        model = None if self._model is None else str(self._model.resolve())
+        found: dict[str, Any] = self._ask("open", self.spec, model, loading=True)
+        return found
+
+    def sample(self, prompts: Sequence[Sequence[int]], new: int, *, repeats: int) -> Sample:
+        """One run of a batch."""
+        return Sample(**self._ask("sample", prompts, new, repeats))
