@@ -100,7 +100,8 @@ def test_the_action_is_composite_and_described():
     assert ACTION["name"]
     assert ACTION["description"]
     assert set(ACTION["inputs"]) == {
-        "golden", "all", "candidate", "reference", "quick", "arguments", "junit", "json", "install",
+        "golden", "all", "candidate", "reference", "quick", "base", "base-revision", "max-slowdown",
+        "require-speedup", "arguments", "junit", "json", "install",
     }  # fmt: skip
     for one in ACTION["inputs"].values():
         assert one["description"]
@@ -177,6 +178,31 @@ def test_without_inputs_nothing_is_added(step, tmp_path):
     assert _recorded(tmp_path) == ["check"]
     assert step(CHECK["run"], "harness", RECORDER, **_values(all="true")).returncode == 0
     assert _recorded(tmp_path) == ["check", "--all"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments"),
+    [
+        ({"base": "hf"}, ["--base", "hf"]),
+        ({"base-revision": "origin/main"}, ["--base-rev", "origin/main"]),
+        (
+            {"base": "hf:model=my dir", "base-revision": "main", "max-slowdown": "1.05", "require-speedup": "1.1"},
+            ["--base", "hf:model=my dir", "--base-rev", "main", "--max-slowdown", "1.05", "--require-speedup", "1.1"],
+        ),
+    ],
+)
+def test_a_base_makes_it_a_gate(step, tmp_path, inputs, arguments):
+    """With a base, or a revision of one, the candidate's speed is gated too."""
+    given = _values(golden="g", candidate="hf:attn=sdpa", **inputs)
+    assert step(CHECK["run"], "harness", RECORDER, **given).returncode == 0
+    assert _recorded(tmp_path) == ["gate", *arguments, "--candidate", "hf:attn=sdpa", "--", "g"]
+
+
+def test_a_limit_without_a_base_is_not_forgotten(step, tmp_path):
+    """The check is handed it, and refuses what it does not know."""
+    assert step(CHECK["run"], "harness", RECORDER, **_values(**{"max-slowdown": "1.05"})).returncode == 0
+    assert _recorded(tmp_path) == ["check", "--max-slowdown", "1.05"]
+    assert CliRunner().invoke(cli, _recorded(tmp_path)).exit_code == 2
 
 
 def test_lines_may_end_as_on_windows(step, tmp_path):

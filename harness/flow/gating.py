@@ -79,12 +79,14 @@ def gate(
             stack.enter_context(Side(spec, model=model, checkout=where, timeout=timeout, progress=progress))
             for spec, where in ((base, code), (candidate, None))
         )
+        verdict = second.check(Path(golden), model, quick=quick)
+        is_same = base == candidate and base_revision is None
         result = Gate(
             golden=found.name,
             base=base if base_revision is None else f"{base} at {base_revision}",
             candidate=candidate,
-            base_verdict=first.check(Path(golden), model, quick=quick),
-            verdict=second.check(Path(golden), model, quick=quick),
+            base_verdict=verdict if is_same else first.check(Path(golden), model, quick=quick),
+            verdict=verdict,
         )
         # A wrong candidate is refused whatever its speed, and one look says what that would have bought.
         if not result.base_verdict["ok"] or result.verdict["exit_code"] not in (0, 1):
