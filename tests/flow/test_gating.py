@@ -50,12 +50,12 @@ def gate(*arguments, **named):
 
 @pytest.mark.usefixtures("one_look")
 def test_a_revision_that_waits_is_found_slower(home):
-    """Base and candidate are one SPEC of two revisions; the working tree's forward waits ten milliseconds more."""
+    """Base and candidate are one SPEC of two revisions; the working tree's forward waits 50 milliseconds more."""
     git(home, "init", "-q")
     (home / "timed_port.py").write_text(PORT.format(wait=0, scale=1))
     git(home, "add", "timed_port.py", "prompts")
     git(home, "commit", "-q", "-m", "fast")
-    (home / "timed_port.py").write_text(PORT.format(wait=0.01, scale=1))
+    (home / "timed_port.py").write_text(PORT.format(wait=0.05, scale=1))
     found = gate("py:timed_port:build", base_revision="HEAD", limits=Limits(slowdown=1.5))
     assert found.verdict["ok"], found.verdict["text"]
     assert found.base_verdict["ok"], found.base_verdict["text"]
@@ -63,7 +63,7 @@ def test_a_revision_that_waits_is_found_slower(home):
     assert found.exit_code == 1
     assert found.rounds == 4
     decode = found.measures[-1]
-    assert decode.candidate - decode.base > 0.008, "the wait is in every step"
+    assert decode.candidate - decode.base > 0.03, "the wait is in every step"
     assert decode.base_memory > 2**20
 
 
@@ -71,7 +71,7 @@ def test_a_revision_that_waits_is_found_slower(home):
 def test_speed_that_is_bought_with_a_wrong_result_is_refused(home):
     """The candidate's verdict decides whatever its speed, and the command says both."""
     (home / "wrong_port.py").write_text(PORT.format(wait=0, scale=1.5))
-    (home / "slow_port.py").write_text(PORT.format(wait=0.01, scale=1))
+    (home / "slow_port.py").write_text(PORT.format(wait=0.05, scale=1))
     done = CliRunner().invoke(
         cli,
         ["gate", SMALL, "-b", "py:slow_port:build", "-c", "py:wrong_port:build", "--require-speedup", "1.1", "--quick",
@@ -83,7 +83,7 @@ def test_speed_that_is_bought_with_a_wrong_result_is_refused(home):
     found = json.loads((home / "gate.json").read_text())
     assert not found["ok"]
     assert found["verdict"]["status"] == "deviates"
-    assert {one["outcome"] for one in found["measures"]} == {"within"}
+    assert all(one["ratio"] < 0.9 for one in found["measures"]), "it is faster"
     assert (home / "gate.md").read_text().startswith("### gate: refused")
 
 
