@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,27 @@ def small_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return home
+
+
+@pytest.fixture(scope="session")
+def idle_ranks() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Lends one team of four ranks, started once, to tests that kill none: called and entered by `with`."""
+    from harness.engines.ranks import spawned
+
+    idle: list[spawned.SpawnedTeam] = []
+
+    @contextmanager
+    def lent() -> Iterator[None]:
+        with spawned.kept():
+            spawned.release(idle.pop() if idle and idle[0].alive else spawned.team_of(4, None))
+            yield
+            # Outside this block engines have ranks of their own again, which end with them.
+            if spawned._Kept.team is not None and spawned._Kept.team.size == 4:
+                idle[:], spawned._Kept.team = [spawned._Kept.team], None
+
+    yield lent
+    for team in idle:
+        team.close()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from tests import preloaded
 
 DOCUMENTS = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/how-to").glob("*.md")]
@@ -29,20 +30,27 @@ SHORTER = (
     ("golden/bloom-tiny/core", "golden/bloom-tiny/headline"),
     (",static_cache=true,compile=true", ",static_cache=true"),
     (",show=tokens ", ",show=top "),  # tokens alone say too little about the one prompt of the shorter suite
-    ("--matrix", "--quick -c tp:size=3,dtype=float16"),  # a cell of it; tests/flow/test_matrix.py has the rest
+    # One of three: tests/engines/ranks/test_engine.py has both keys together, and the next command has shards.
+    (
+        "-c tp:size=2,dtype=bfloat16 -c pp:stages=3,dtype=float16,micro_batches=2 -c tp:size=2,stages=2,dtype=float32",
+        "-c pp:stages=3,dtype=float16,micro_batches=2",
+    ),
+    ("harness run tp:size=2,dtype=bfloat16", "harness run hf:dtype=bfloat16"),  # the check above it has shards
     ("--quick --diagnose || test $? = 1", "--quick"),  # templates of a suite take minutes
     ("--names --nulls 3000 --jobs 2", "--names --quick --only wc-tie-overwrites-head --host llama-untied"),
     ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),
-    ("power --nulls 3000 --jobs 2", "power --nulls 1 --minutes 0.2"),
+    ("power --nulls 3000 --jobs 2", "power --nulls 1 --minutes 0.02"),
     ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),
     ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
     ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
     ("harness power --ranks", "harness power --ranks --only tp-shard-0-layer --host gpt2-tiny"),
     ("power --jobs 2", "power --jobs 2 --quick --only wc-eps,plain --host llama-tiny"),
+    ("harness power --model golden/bloom-tiny/model", "harness power --model golden/gpt2-tiny/model"),
+    ("max_new_tokens = 8\n", "max_new_tokens = 2\n"),
     ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
 )
-#: Commands that only a clone of its own can show, each with where it is run.
+#: Commands that only a clone of its own can show, or that something else runs as well, each with what runs it.
 ELSEWHERE = {
     "make check": "by .ci/run",
     "make test": "by .ci/run, and this is a part of it",
@@ -50,7 +58,14 @@ ELSEWHERE = {
     ".ci/run": "it runs this",
     "pip install -c constraints.txt -e '.[test]'": "what runs this test was installed so",
     ". .venv/bin/activate": "the environment of `make`; here it is the one that runs this test",
+    "harness check golden/my-model/core --candidate tp:size=2,dtype=bfloat16": "by check-a-sharded-model.md",
+    "harness check golden/my-model/core --candidate pp:stages=2,dtype=float32": "by check-a-sharded-model.md",
+    "harness check golden/bloom-tiny/core --matrix": "by tests/flow/test_matrix.py",
+    "torchrun --standalone --nproc-per-node 2 -m harness check golden/bloom-tiny/core --quick "
+    "-c tp:size=2,dtype=float32": "by tests/engines/ranks/test_outer.py",
 }
+#: The document whose programs start as a reader's do; those of the others fork from a process that has the libraries.
+REAL = ROOT / "docs/how-to/read-a-verdict.md"
 COMMANDS = ("harness ", "python ", "pytest ", "make ", ".ci/run", "time harness", "pip ")
 
 
@@ -109,24 +124,34 @@ def data(tmp_path):
     return home
 
 
-def run(command, home):
-    """Run a command in the copy, with this Python's programs first and no settings of the caller's CI."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "GITHUB_STEP_SUMMARY")}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(home),
-        "HF_HUB_OFFLINE": "1",
-    }
-    for name in [key for key in environment if key.startswith("PYTEST_")]:
-        del environment[name]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=280, check=False)
+def environment(*programs):
+    """The environment of a document's shell: some programs and this Python's first, no settings of the caller's CI."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("CI", "GITHUB_STEP_SUMMARY")}
+    path = [*map(str, programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    kept |= {"PATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {key: value for key, value in kept.items() if not key.startswith("PYTEST_")}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Programs that have imported the libraries."""
+    with preloaded.programs(tmp_path_factory.mktemp("programs"), environment()) as directory:
+        yield directory
+
+
+def run(command, home, *programs, **more):
+    """Run a command in the copy."""
+    given = {**environment(*programs), "PYTHONPATH": str(home)}
+    return subprocess.run(
+        command, cwd=home, env=given, capture_output=True, text=True, timeout=280, check=False, **more
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_a_document_says_can_be_done(document, data):
+def test_what_a_document_says_can_be_done(document, data, quick):
     """The blocks of a document run one after the other, each with the exit code that it promises."""
+    programs = () if document == REAL else (quick,)
     for block in blocks_of(document):
         text = shortened(block.text)
         if block.file is not None:
@@ -136,12 +161,35 @@ def test_what_a_document_says_can_be_done(document, data):
         if block.language == "sh":
             command = ["bash", "-euo", "pipefail", "-c", text]
         elif block.language == "python":
-            command = [sys.executable, "-c", text]
+            command = ["python", "-c", text]
         else:
             continue
-        done = run(command, data)
+        done = run(command, data, *programs)
         said = f"{document.name}, line {block.line}:\n{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == block.exit, said
+
+
+_PROBE = """
+import os, sys
+loaded = sorted(name for name in sys.modules if name.partition(".")[0] in ("harness", "tests", "benchmarks"))
+print(sys.argv, __name__, os.getcwd(), sys.path, loaded, sorted(set(os.environ.items())), sys.stdin.read())
+print("to the other", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+def test_a_quick_program_is_as_a_fresh_one(tmp_path, quick):
+    """Arguments, directory, environment, path, standard files and exit code are the caller's; nothing is left over."""
+    (tmp_path / "probe.py").write_text(_PROBE, encoding="utf-8")
+    (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)", encoding="utf-8")
+    for arguments in (["-c", _PROBE, "a b"], ["-", "c"], ["probe.py", "d"], ["killed.py"]):
+        said = _PROBE if arguments[0] == "-" else "said"
+        fresh, forked = (
+            run([f"{place}/python", *arguments], tmp_path, quick, input=said)
+            for place in (Path(sys.executable).parent, quick)
+        )
+        assert (forked.returncode, forked.stdout, forked.stderr) == (fresh.returncode, fresh.stdout, fresh.stderr)
+        assert fresh.returncode == (-9 if arguments == ["killed.py"] else 3)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

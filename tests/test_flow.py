@@ -22,19 +22,18 @@ from harness.values import Centre, Moments, Status, Trace
 from tests.support import random_model, write_model, write_suite
 
 HOSTS = ("bloom-tiny", "bloom-raw", "llama-tiny", "gpt2-tiny")
+#: Every variant, and every model. `make check` has float32 and bfloat16 of each golden, and a test below bloom-raw's.
 BENIGN = (
-    "hf:dtype=float32",
-    "hf:dtype=bfloat16",
-    "hf:dtype=float16",
-    "hf:dtype=float32,attn=eager,static_cache=true",
-    "hf:dtype=bfloat16,static_cache=true",
-    "hf:dtype=float32,batch=3",
-    "hf:dtype=bfloat16,batch=5",
+    ("hf:dtype=float32", "gpt2-tiny"),
+    ("hf:dtype=float16", "llama-tiny"),
+    ("hf:dtype=float32,attn=eager,static_cache=true", "bloom-tiny"),
+    ("hf:dtype=bfloat16,static_cache=true", "llama-tiny"),
+    ("hf:dtype=float32,batch=3", "bloom-raw"),
+    ("hf:dtype=bfloat16,batch=5", "gpt2-tiny"),
 )
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("candidate", BENIGN)
+@pytest.mark.parametrize(("candidate", "host"), BENIGN)
 def test_benign_variants_are_ok(goldens, host, candidate):
     """Another precision, cache, batch size or thread count is the same model."""
     verdict = harness.check(goldens / host / "core", candidate, quick=True)
@@ -50,13 +49,13 @@ def test_the_number_of_threads_is_ok(goldens, host, candidate):
     assert verdict.settings["threads"] == 2
 
 
-@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(
-    ("suite", "runs"),
-    [("edge", {"batched", "batch-4", "single", "order"}), ("translate", {"batched", "single", "order"})],
-    ids=["edge", "translate"],
+    ("suite", "host", "runs"),
+    # Bloom-raw has the code of bloom-tiny; its quick runs are those of `make check`.
+    [("edge", host, {"batched", "batch-4", "single", "order"}) for host in HOSTS if host != "bloom-raw"]
+    + [("translate", host, {"batched", "single", "order"}) for host in HOSTS],
 )
-def test_every_run_of_the_short_suites_is_ok(goldens, host, suite, runs):
+def test_every_run_of_the_short_suites_is_ok(goldens, suite, host, runs):
     """All runs, free ones and A-B-A among them, of the suites with odd prompts."""
     verdict = harness.check(goldens / host / suite, "hf:dtype=float32")
     assert verdict.ok, str(verdict)

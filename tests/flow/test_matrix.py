@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -48,12 +50,15 @@ def test_a_golden_without_its_model_has_no_matrix(home: Path) -> None:
         list(matrix.cells("golden/small/small"))
 
 
-def test_the_command_runs_the_cells_and_draws_the_grid(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_runs_the_cells_and_draws_the_grid(
+    goldens: Path, monkeypatch: pytest.MonkeyPatch, idle_ranks: Callable[[], AbstractContextManager[None]]
+) -> None:
     """A reduced matrix in real ranks: every cell ok, one that cannot exist with its reason, exit code 0."""
     layouts = (Layout(tensor=2, stages=2), Layout(tensor=4), Layout(stages=3), Layout())
     monkeypatch.setattr(matrix, "LAYOUTS", layouts)
     monkeypatch.setattr(matrix, "PRECISIONS", ("float32", "bfloat16"))
-    done = CliRunner().invoke(cli, ["check", str(goldens / "gpt2-tiny" / "translate"), "--matrix"])
+    with idle_ranks():
+        done = CliRunner().invoke(cli, ["check", str(goldens / "gpt2-tiny" / "translate"), "--matrix"])
     assert done.return_value == 0 or done.exit_code == 0, done.output
     grid = done.output[done.output.index("checks:") :].splitlines()[2:]
     assert [line.split()[0] for line in grid[:5]] == ["float32", "1", "pp", "tp", "tp"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +22,10 @@ def golden(goldens: Path) -> harness.Golden:
 
 
 @pytest.fixture(scope="module")
-def trace(golden: harness.Golden) -> harness.Trace:
+def trace(golden: harness.Golden, idle_ranks: Callable[[], AbstractContextManager[None]]) -> harness.Trace:
     """What two shards do."""
-    return harness.run("tp:size=2,dtype=float32", golden, quick=True)
+    with idle_ranks():
+        return harness.run("tp:size=2,dtype=float32", golden, quick=True)
 
 
 def _with(trace: harness.Trace, **settings: object) -> harness.Trace:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 import harness
-from harness.engines.ranks import spawned
 from harness.mutations.ranks import RANK_MUTATIONS
 from harness.values import Run, Status
 
@@ -33,10 +32,9 @@ def golden_of(goldens, host):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _team():
+def _team(idle_ranks):
     """Four processes for all of these: starting them costs more than the rest."""
-    with spawned.kept():
-        spawned.release(spawned.team_of(4, None))
+    with idle_ranks():
         yield
 
 

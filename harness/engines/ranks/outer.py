@@ -205,6 +205,9 @@ class OuterTeam:
         """As `SpawnedTeam.call`; these ranks wait for each other as long as their groups do."""
         if _Requests.lost is not None:
             raise error_of(self.spec, [_Requests.lost])
+        if self._failed:
+            # It has left the groups: the others would wait for it.
+            raise EngineError(f"a rank of {self.spec} has failed", fix="Open it anew")
         data = pickle.dumps((request, arguments))  # before anything is told of it: it may be what cannot be sent
         try:
             answers, failures = self._asked(data, request, arguments, world, loading)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 
 import harness
 from harness.engines import build_engine
-from harness.engines.ranks import spawned
 from harness.engines.ranks.engine import ParallelEngine, difference
 from harness.errors import UsageError
 from harness.numerics.sketch import Sketcher
@@ -19,9 +19,9 @@ HOSTS = ("bloom-tiny", "llama-tiny", "gpt2-tiny")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kept() -> Iterator[None]:
+def _kept(idle_ranks: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """One team of ranks for the whole file."""
-    with spawned.kept():
+    with idle_ranks():
         yield
 
 

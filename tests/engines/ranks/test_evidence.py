@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.engines import build_engine, hf
-from harness.engines.ranks import evidence, plans, probes, spawned
+from harness.engines.ranks import evidence, plans, probes
 from harness.values import Request
 
 _SMALL = {
@@ -20,10 +20,9 @@ _KINDS = {"qwen3": {**_SMALL, "head_dim": 8, "tie_word_embeddings": True}, "phi3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kept():
+def _kept(idle_ranks):
     """One team of ranks for the whole file."""
-    with spawned.kept():
-        spawned.release(spawned.team_of(3, None))
+    with idle_ranks():
         yield
 
 

@@ -249,7 +249,8 @@ def team_of(monkeypatch, errors, following=None):
     team = OuterTeam(Outer(rank=0, world=len(errors)))
     team.spec = "tp:size=9"
     threads = [
-        threading.Thread(target=outer._do_as_asked, args=(store, rank, servers[rank]))
+        # A failing test leaves them waiting: they must not keep the process that tests.
+        threading.Thread(target=outer._do_as_asked, args=(store, rank, servers[rank]), daemon=True)
         for rank in range(1, len(errors))
         if following is None or rank in following
     ]
@@ -282,7 +283,9 @@ def test_the_rank_that_failed_is_named_and_leaves(monkeypatch):
         team.call("run", world=3)
     assert caught.value.problem == "rank 1 of tp:size=9: ArithmeticError: so not"
     assert "in answer" in caught.value.details
-    assert team.call("close", world=3) == []
+    assert not team.alive
+    with pytest.raises(EngineError, match="a rank of tp:size=9 has failed"):
+        team.call("run", world=3)
     servers[0].error = servers[1].error = servers[2].error = None
     again = OuterTeam(Outer(rank=0, world=3))
     assert len(again.call("open", world=3)) == 3
@@ -350,7 +353,7 @@ def test_a_follower_answers_with_more_than_the_store_takes_at_once(monkeypatch, 
     monkeypatch.setattr(outer, "_store", lambda _rank, _world: near)
     monkeypatch.setattr(outer, "Server", lambda rank, _store, _pulse: Recorded(rank))
     team = OuterTeam(Outer(rank=0, world=2))
-    follower = threading.Thread(target=outer._do_as_asked, args=(other, 1, Recorded(1)))
+    follower = threading.Thread(target=outer._do_as_asked, args=(other, 1, Recorded(1)), daemon=True)
     follower.start()
     large = bytes(2 * 10**7)
     assert team.call("run", large, world=2) == [(0, "run", large), (1, "run", large)]
@@ -404,7 +407,7 @@ def test_an_interrupted_rank_0_does_not_wait(monkeypatch, error):
     begun = time.monotonic()
     with pytest.raises(type(error)):
         team.call("run", world=2)
-    assert team.call("close", world=2) == []
+    assert not team.alive
     assert time.monotonic() - begun < 60
     assert servers[0].closed == 1
     monkeypatch.setattr(outer, "_GRACE", 0.1)
@@ -425,7 +428,7 @@ def test_rank_0_is_interrupted_while_it_waits_for_answers(monkeypatch):
     monkeypatch.setattr(outer.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         team.call("run", world=2)
-    assert team.call("close", world=2) == []
+    assert not team.alive
     assert servers[0].closed == 1
     end()
 
@@ -515,7 +518,8 @@ def _environment():
 @pytest.mark.slow
 def test_torchrun_gives_one_report():
     """Launched by torchrun, the ranks join, one of them reports, and all end well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    command = [torchrun, "--standalone", "--nproc-per-node", "2"]
     harness = ["-m", "harness", "check", _GOLDEN, "--quick", "-c", "tp:size=2,dtype=float32,threads=1"]
     done = subprocess.run(
         [*command, *harness], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=280, check=False

@@ -40,11 +40,11 @@ def own_logits(engine: RankEngine) -> None:
         engine.model.lm_head = whole_model(engine).lm_head
 
 
-def test_ranks_that_disagree_stop_together(goldens: Path) -> None:
+def test_ranks_that_disagree_stop_together(goldens: Path, idle_ranks) -> None:
     """Where shards would choose tokens by themselves one would meet the end first, and the others wait for it."""
     candidate = f"tp:size=2,stages=2,dtype=float32,timeout=10,prepare={__name__}:own_logits"
     asked = [Request(id=str(n), prompt_ids=tuple(range(3, 3 + n)), max_new_tokens=24) for n in (5, 17, 11)]
-    with build_engine(candidate, model=str(goldens / "llama-tiny" / "model")) as engine:
+    with idle_ranks(), build_engine(candidate, model=str(goldens / "llama-tiny" / "model")) as engine:
         # Half of all tokens are an end.
         found = engine.generate(asked, batch_size=1, stop_ids=frozenset(range(0, engine.vocabulary, 2)))
         settings = engine.settings
