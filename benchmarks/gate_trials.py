@@ -60,10 +60,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=20, help="of each kind (20)")
     parser.add_argument("--golden", default="golden/llama-tiny/translate")
+    parser.add_argument("--only", choices=("same", "slowed"), help="of the two kinds")
     parser.add_argument("--max-slowdown", type=float, default=1.05)
     given = parser.parse_args()
     limits = Limits(slowdown=given.max_slowdown)
     for name, candidate in (("same", PLAIN), ("slowed", SLOWED)):
+        if given.only not in (None, name):
+            continue
         ends: Counter[str] = Counter()
         for number in range(given.runs):
             start = time.perf_counter()

@@ -49,6 +49,20 @@ SHORTER = (
     ("max_new_tokens = 8\n", "max_new_tokens = 2\n"),
     ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
+    ("golden/llama-tiny/core --base", "golden/llama-tiny/headline --base"),
+    # Limits that no noise reaches: a gate that cannot tell does not pass.
+    ("--max-slowdown 1.5", "--max-slowdown 30 --rounds 12 --batch 1 --new-tokens 4"),
+    ("--require-speedup 1.05", "--require-speedup 1.05 --batch 1 --new-tokens 4"),
+    ("gate_trials.py --runs 20", "gate_trials.py --runs 1 --only slowed --max-slowdown 30"),
+    (
+        "--kind latency --kind completion --kind burst --kind modules --burst 1000x512+20",
+        "--kind latency --kind burst --burst 4x16+2 --repeats 1 --new-tokens 8",
+    ),
+    (
+        "harness bench tp:size=2,dtype=float32,threads=1 --golden golden/bloom-tiny/completion",
+        "harness bench tp:size=1,dtype=float32,threads=1 --golden golden/bloom-tiny/headline",
+    ),
+    ("--kind scaling --ranks 1,2,3", "--kind scaling --ranks 1 --repeats 1 --new-tokens 8"),
 )
 #: Commands that only a clone of its own can show, or that something else runs as well, each with what runs it.
 ELSEWHERE = {
@@ -61,6 +75,9 @@ ELSEWHERE = {
     "harness check golden/my-model/core --candidate tp:size=2,dtype=bfloat16": "by check-a-sharded-model.md",
     "harness check golden/my-model/core --candidate pp:stages=2,dtype=float32": "by check-a-sharded-model.md",
     "harness check golden/bloom-tiny/core --matrix": "by tests/flow/test_matrix.py",
+    "harness gate ../golden/bloom-tiny/core --base-rev HEAD --candidate py:my_port:build --max-slowdown 1.5 --quick": (
+        "by tests/flow/test_gating.py"
+    ),
     "torchrun --standalone --nproc-per-node 2 -m harness check golden/bloom-tiny/core --quick "
     "-c tp:size=2,dtype=float32": "by tests/engines/ranks/test_outer.py",
 }

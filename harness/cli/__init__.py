@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import click
 
+from harness.cli.bench import bench
 from harness.cli.checks import check, schema
 from harness.cli.convert import convert
 from harness.cli.doctor import doctor
@@ -87,5 +88,5 @@ def cli() -> None:
     """
 
 
-for command in (check, record, run, compare, gate, lint, power, models, convert, doctor, schema):
+for command in (check, record, run, compare, gate, bench, lint, power, models, convert, doctor, schema):
     cli.add_command(command)

@@ -1,7 +1,8 @@
-"""record, run, check, compare, gate: the only place where engines, goldens, comparison and verdict are wired."""
+"""record, run, check, compare, gate, bench: the only place where engines, goldens, comparison and verdict are wired."""
 
 from __future__ import annotations
 
+from harness.flow.benching import bench
 from harness.flow.candidates import candidates, check_all
 from harness.flow.checking import check
 from harness.flow.comparing import compare
@@ -13,6 +14,7 @@ from harness.flow.running import run
 
 __all__ = [
     "Cell",
+    "bench",
     "candidates",
     "cells",
     "check",

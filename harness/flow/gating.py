@@ -100,4 +100,8 @@ def gate(
             measures = judging.measures(sampler.rounds, limits or Limits())
             if judging.settled(measures):
                 break
-    return replace(result, measures=measures, rounds=len(sampler.rounds[0].base), settings=settings)
+        rounds = len(sampler.rounds[0].base)
+        # Afterwards: buffers larger than the caches would count as the engines' memory.
+        base_roofline, roofline = (side.roofline([shape for shape, _ in work]) for side in (first, second))
+    measures = judging.limited(measures, base_roofline, roofline)
+    return replace(result, measures=measures, rounds=rounds, settings=settings, rooflines=(base_roofline, roofline))

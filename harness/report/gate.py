@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from harness.report.characters import legal
+from harness.report.limits import neither_binds, percent, roofline_line
 from harness.speed.judging import ERROR, Gate, Measure, Outcome, precision
+from harness.speed.roofline import Limit
 
-_HEADINGS = ("what", "base", "candidate", "candidate/base", "interval", "limit", "tokens/s", "memory", "")
+_HEADINGS = (
+    "what",
+    "base",
+    "candidate",
+    "candidate/base",
+    "interval",
+    "limit",
+    "tokens/s",
+    "memory",
+    "",
+    "share of the limit",
+)
 
 
 def gate_to_text(gate: Gate) -> str:
@@ -20,7 +34,21 @@ def gate_to_text(gate: Gate) -> str:
         lines += ["", *_columns([_HEADINGS, *(_row(one) for one in gate.measures)])]
         share = f"{100 * (1 - ERROR):g} %"
         lines.append(f"{gate.rounds} rounds of base and candidate; all intervals hold together with {share} confidence")
+        lines += _limits(gate)
     return legal("\n".join([*lines, f"gate: {conclusion(gate)}"]))
+
+
+def _limits(gate: Gate) -> list[str]:
+    """What the shares of the limit are of, and what they mean."""
+    names = ("base", "candidate")
+    lines = [roofline_line(one, name) for name, one in zip(names, gate.rooflines, strict=True)]
+    shares = [
+        limit.share(seconds)
+        for one in gate.measures
+        for limit, seconds in ((one.base_limit, one.base), (one.candidate_limit, one.candidate))
+        if limit is not None
+    ]
+    return [line for line in lines if line] + neither_binds(shares)
 
 
 def conclusion(gate: Gate) -> str:
@@ -65,8 +93,13 @@ def _row(one: Measure) -> tuple[str, ...]:
         "none" if one.limit is None else f"{one.limit:.3f}",
         f"{one.tokens / one.candidate:.0f}",
         f"{one.candidate_memory / 2**20:.0f} MiB" if one.candidate_memory else "not known",
+        f"{_reached(one.base_limit, one.base)}, {_reached(one.candidate_limit, one.candidate)}",
         one.outcome.value,
     )
+
+
+def _reached(limit: Limit | None, seconds: float) -> str:
+    return "not known" if limit is None else f"{percent(limit.share(seconds))} of {limit.binds}"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -92,8 +125,16 @@ def gate_to_dict(gate: Gate) -> dict[str, Any]:
         "rounds": gate.rounds,
         "confidence": 1 - ERROR,
         "settings": {"base": dict(gate.settings[0]), "candidate": dict(gate.settings[1])},
+        "machine": {
+            name: None if one.machine is None else asdict(one.machine)
+            for name, one in zip(("base", "candidate"), gate.rooflines, strict=True)
+        },
         "measures": [_measure_to_dict(one) for one in gate.measures],
     }
+
+
+def _share_to_dict(limit: Limit | None, seconds: float) -> dict[str, Any] | None:
+    return None if limit is None else {"share": limit.share(seconds), **asdict(limit)}
 
 
 def _measure_to_dict(one: Measure) -> dict[str, Any]:
@@ -112,6 +153,8 @@ def _measure_to_dict(one: Measure) -> dict[str, Any]:
         "tokens_per_second": one.tokens / one.candidate,
         "base_memory": one.base_memory,
         "candidate_memory": one.candidate_memory,
+        "base_limit": _share_to_dict(one.base_limit, one.base),
+        "candidate_limit": _share_to_dict(one.candidate_limit, one.candidate),
     }
 
 

@@ -46,7 +46,7 @@ def sample(engine: Engine, prompts: Sequence[Sequence[int]], new: int, *, repeat
         EngineError: while a profiler is on, or when fewer tokens come back than were asked for.
     """
     _refuse_profiler()
-    memory = _Peak()
+    memory = Peak()
     first = statistics.median(_seconds(engine, prompts, 1) for _ in range(repeats))
     whole = _seconds(engine, prompts, new)
     return Sample(prefill=first, step=max(0.0, whole - first) / (new - 1), memory=memory.bytes())
@@ -81,7 +81,7 @@ def _refuse_profiler() -> None:
         raise EngineError("a torch profiler is on, and slows what is timed", fix="Stop it before the speed is measured")
 
 
-class _Peak:
+class Peak:
     """The most memory that is in use from now on."""
 
     def __init__(self) -> None:

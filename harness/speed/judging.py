@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from harness.numerics.ratios import Interval, interval, share
 from harness.speed.clock import Sample
+from harness.speed.roofline import Limit, Roofline
 from harness.speed.sampling import Rounds
 
 #: How often a gate may be wrong about any of its measures, both ways and over all looks together.
@@ -68,6 +69,8 @@ class Measure:
         outcome: what the interval decides.
         base_memory: highest bytes in use, the median over the rounds; of prefill and decode together.
         candidate_memory: the same of the candidate.
+        base_limit: the shortest time that the base could take here, None where it is not known.
+        candidate_limit: the same of the candidate.
     """
 
     part: str
@@ -80,6 +83,8 @@ class Measure:
     outcome: Outcome
     base_memory: int
     candidate_memory: int
+    base_limit: Limit | None = None
+    candidate_limit: Limit | None = None
 
     @property
     def tokens(self) -> int:
@@ -120,6 +125,18 @@ def _outcome(ratio: Interval, limit: float | None) -> Outcome:
     return Outcome.BEYOND if ratio.low > limit else Outcome.UNSURE
 
 
+def limited(found: Sequence[Measure], base: Roofline, candidate: Roofline) -> tuple[Measure, ...]:
+    """The measures beside the shortest times that are possible."""
+    return tuple(
+        replace(
+            one,
+            base_limit=base.limit(one.part, one.batch, one.prompt),
+            candidate_limit=candidate.limit(one.part, one.batch, one.prompt),
+        )
+        for one in found
+    )
+
+
 def settled(found: Sequence[Measure]) -> bool:
     """Whether more rounds would change nothing: one measure is beyond its limit, or none is unsure."""
     outcomes = {one.outcome for one in found}
@@ -144,6 +161,7 @@ class Gate:
         measures: their speeds; none where the base is not the golden's model.
         rounds: of A and B behind them.
         settings: of base and candidate while they were timed.
+        rooflines: of base and candidate, with the machine as each found it.
     """
 
     golden: str
@@ -154,6 +172,7 @@ class Gate:
     measures: tuple[Measure, ...] = ()
     rounds: int = 0
     settings: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+    rooflines: tuple[Roofline, Roofline] = (Roofline(), Roofline())
 
     @property
     def exit_code(self) -> int:

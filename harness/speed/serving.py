@@ -29,11 +29,13 @@ class Server:
         self._pulse = pulse
         self._stack = ExitStack()
         self._engine: Engine | None = None
+        self._model: str | None = None
 
     def answer(self, request: str, *arguments: Any) -> Any:
         """Do one request; the names are those of the methods below."""
         asked: dict[str, Callable[..., Any]] = {
-            "check": self.check, "open": self.open, "sample": self.sample, "close": self.close
+            "check": self.check, "open": self.open, "sample": self.sample, "close": self.close,
+            "roofline": self.roofline, "measure": self.measure,
         }  # fmt: skip
         return asked[request](*arguments)
 
@@ -58,7 +60,7 @@ class Server:
         self.close()
         engine = build_engine(spec, model=model)
         engine.progress = self._pulse
-        self._engine = self._stack.enter_context(engine)
+        self._engine, self._model = self._stack.enter_context(engine), model
         shown = engine.settings
         return {key: shown.get(key) for key in ("dtype", "device", "threads", "parameters")}
 
@@ -66,13 +68,32 @@ class Server:
         """One run of a shape, as clock.Sample."""
         from harness.speed import clock
 
-        if self._engine is None:
-            raise EngineError("no engine is open", fix="Open one first")
         # What others left behind is not this run's to clear away.
         gc.collect()
-        found = clock.sample(self._engine, prompts, new, repeats=repeats)
+        found = clock.sample(self._opened, prompts, new, repeats=repeats)
         self._pulse("timed")
         return asdict(found)
+
+    def roofline(self, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        """The limits of the engine that is open, as roofline.observe tells them."""
+        from harness.speed import roofline
+
+        found = roofline.observe(self._opened, self._model, shapes)
+        self._pulse("measured the machine")
+        return found
+
+    def measure(self, kind: str, work: Any) -> Any:
+        """One measurement of speed/kinds on the engine that is open, by types of ours: both ends are of one version."""
+        from harness.speed.kinds import measure
+
+        gc.collect()
+        return measure(kind, self._opened, work, self._pulse)
+
+    @property
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise EngineError("no engine is open", fix="Open one first")
+        return self._engine
 
     def close(self) -> None:
         """Free the engine."""

@@ -8,8 +8,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.engines.ranks.spawned import SpawnedTeam
+from harness.errors import EngineError
 from harness.speed.clock import Sample
 from harness.speed.revisions import Checkout
+from harness.speed.roofline import Roofline, roofline_of
+from harness.speed.shapes import Shape
 
 
 class Side:
@@ -75,3 +78,15 @@ class Side:
     def sample(self, prompts: Sequence[Sequence[int]], new: int, *, repeats: int) -> Sample:
         """One run of a batch."""
         return Sample(**self._ask("sample", prompts, new, repeats))
+
+    def roofline(self, shapes: Sequence[Shape]) -> Roofline:
+        """The shortest times that each shape could take there; not known where its code does not tell, or fails."""
+        try:
+            return roofline_of(self._ask("roofline", [(one.batch, one.prompt, one.new) for one in shapes]))
+        except EngineError as error:
+            # Another version of the code may not know the request; its process is gone then.
+            return Roofline(reason=error.problem)
+
+    def measure(self, kind: str, work: Any) -> Any:
+        """One measurement of speed/kinds on the engine that is open."""
+        return self._ask("measure", kind, work)
