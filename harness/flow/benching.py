@@ -20,7 +20,7 @@ from harness.speed.benching import Bench, Plan, Result, Subject, Unmeasured
 from harness.speed.kinds import burst, completion, latency, modules, scaling
 from harness.speed.kinds.scaling import Point, Scaling
 from harness.speed.roofline import Limit
-from harness.speed.shapes import Shape
+from harness.speed.shapes import Shape, refuse_too_long
 from harness.speed.sides import Side
 from harness.values import Golden, Request
 
@@ -146,9 +146,7 @@ def _refuse_too_long(plan: Plan, config: Any) -> None:
         fix = f"Give a smaller one, e.g. --burst {size.count}x{max(1, (context or 0) - size.new)}+{size.new}"
         asked.append((size.prompt, size.new, f"{fix}, or name other measurements with --kind"))
     for prompt, new, fix in asked:
-        if context is not None and prompt + new > context:
-            problem = f"{prompt} prompt tokens and {new} new ones do not fit the model's context of {context} tokens"
-            raise UsageError(problem, fix=fix)
+        refuse_too_long(prompt, new, context, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

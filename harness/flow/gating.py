@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from harness.engines import build_engine
+from harness.engines import build_engine, hf
 from harness.errors import UsageError
 from harness.flow.references import read, reference_directory
 from harness.flow.running import Progress, silent
@@ -16,7 +16,7 @@ from harness.speed import judging
 from harness.speed.judging import Gate, Limits
 from harness.speed.revisions import checkout
 from harness.speed.sampling import Sampler
-from harness.speed.shapes import prompts_of, shapes
+from harness.speed.shapes import prompts_of, refuse_too_long, shapes
 from harness.speed.sides import Side
 
 _TIMEOUT = 300.0
@@ -72,6 +72,8 @@ def gate(
     # Refused before anything is started; the base's code may be another's.
     for spec in (candidate, base) if base_revision is None else (candidate,):
         build_engine(spec, model=None if model is None else str(model))
+    context = None if model is None else hf.context_length(hf.load_config(str(model)).get_text_config())
+    refuse_too_long(prompt, new, context, fix="Give fewer --prompt-tokens or --new-tokens")
     work = [(shape, prompts_of(found, shape)) for shape in shapes(batches, prompt=prompt, new=new)]
     with ExitStack() as stack:
         code = None if base_revision is None else stack.enter_context(checkout(base_revision))

@@ -41,6 +41,17 @@ def shapes(batches: Sequence[int], *, prompt: int, new: int) -> tuple[Shape, ...
     return tuple(Shape(batch=batch, prompt=prompt, new=new) for batch in dict.fromkeys(batches))
 
 
+def refuse_too_long(prompt: int, new: int, context: int | None, *, fix: str) -> None:
+    """Refuse what does not fit a model's context; None is a context that is not known.
+
+    Raises:
+        UsageError: that says how long the context is.
+    """
+    if context is not None and prompt + new > context:
+        problem = f"{prompt} prompt tokens and {new} new ones do not fit the model's context of {context} tokens"
+        raise UsageError(problem, fix=fix)
+
+
 def prompts_of(golden: Golden, shape: Shape) -> tuple[tuple[int, ...], ...]:
     """Token ids of a shape's prompts, cut one after another from the golden's own: what a model meets, not noise."""
     stream = cycle(token for request in golden.requests for token in request.prompt_ids)

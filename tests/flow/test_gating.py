@@ -45,7 +45,7 @@ def one_look(monkeypatch):
 
 def gate(*arguments, **named):
     """A gate on little work."""
-    return flow.gate(SMALL, *arguments, batches=(1,), prompt=8, new=3, quick=True, **named)
+    return flow.gate(SMALL, *arguments, **{"batches": (1,), "prompt": 8, "new": 3, "quick": True, **named})
 
 
 @pytest.mark.usefixtures("one_look")
@@ -121,6 +121,7 @@ def test_a_base_that_is_another_model_gates_nothing(home, monkeypatch, status):
     [
         ((HF,), {}, "nothing to compare with"),
         ((HF, HF), {"rounds": 3}, "3 rounds are too few"),
+        ((HF, HF), {"prompt": 10**6}, "1000000 prompt tokens and 3 new ones do not fit the model's context"),
         (("hf:dtyp=float32", HF), {}, "dtyp"),
         ((HF, "nothing:x=1"), {}, "nothing"),
         ((HF,), {"base_revision": "HEAD"}, "git cannot find a repository"),
