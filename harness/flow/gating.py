@@ -40,8 +40,8 @@ def gate(
 ) -> Gate:
     """May the candidate take the base's place: is it still the same model, and how fast is it beside the base?
 
-    Each side is a process of its own. After a warm-up they run A B, B A, ... while nothing else of ours runs, and the
-    intervals of the ratios are looked at after numerics/ratios.LOOKS rounds, until every limit is decided.
+    Each side is a process of its own, a new one each round (speed/sampling.py). The intervals of the ratios are looked
+    at after numerics/ratios.LOOKS rounds, until every limit is decided.
 
     Args:
         golden: directory of the golden.
@@ -96,7 +96,6 @@ def gate(
         looks = [look for look in LOOKS if look <= rounds] if result.verdict["ok"] else LOOKS[:1]
         settings = (first.open(), second.open())
         sampler = Sampler(first, second, work, progress)
-        sampler.warm_up()
         for look in looks:
             sampler.extend(look)
             measures = judging.measures(sampler.rounds, limits or Limits())

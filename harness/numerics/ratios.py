@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 #: Pairs after which the interval is looked at. Each look is given its own share of the error, so looking costs nothing.
-LOOKS = (12, 24, 48, 96)
+LOOKS = (8, 16, 32)
 #: Share of the pairs that is left out at each end: what else the machine does lengthens some by any factor.
 TRIM = 0.2
 _RESAMPLES = 2000

@@ -33,7 +33,9 @@ def gate_to_text(gate: Gate) -> str:
     if gate.measures:
         lines += ["", *_columns([_HEADINGS, *(_row(one) for one in gate.measures)])]
         share = f"{100 * (1 - ERROR):g} %"
-        lines.append(f"{gate.rounds} rounds of base and candidate; all intervals hold together with {share} confidence")
+        lines.append(
+            f"{gate.rounds} rounds, each of new processes; all intervals hold together with {share} confidence"
+        )
         lines += _limits(gate)
     return legal("\n".join([*lines, f"gate: {conclusion(gate)}"]))
 

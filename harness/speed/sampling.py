@@ -1,8 +1,14 @@
-"""Interleaved rounds of base and candidate: A B, then B A, after a warm-up, until enough is known."""
+"""Rounds of base and candidate: new processes for both, a warm-up, then A B, B A, A B, until enough is known.
+
+How memory happens to be laid out makes one process faster than another of the same code, by up to a tenth here, for as
+long as it lives (Mytkowicz et al., Producing wrong data without doing anything obviously wrong!, ASPLOS 2009). Turns
+within one pair of processes would measure that ever more exactly; so a round is a pair of new ones.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +16,8 @@ from harness.speed.clock import Sample
 from harness.speed.shapes import Shape
 from harness.speed.sides import Side
 
-#: Rounds whose times are thrown away: kernels are chosen, caches filled, clocks raised.
-WARM_UP = 2
+#: Turns of each side in a round, of which the median counts.
+TURNS = 3
 #: The first token is taken so often that it lasts this many seconds in all, but at most so many times.
 _PREFILL_SECONDS = 0.05
 _MOST_REPEATS = 9
@@ -19,7 +25,7 @@ _MOST_REPEATS = 9
 
 @dataclass(slots=True)
 class Rounds:
-    """What was sampled of one shape; entry i of both lists is of the same round."""
+    """What was sampled of one shape; entry i of both lists is the medians of round i."""
 
     shape: Shape
     base: list[Sample] = field(default_factory=list)
@@ -49,21 +55,39 @@ class Sampler:
         self._repeats: list[int] = []
         self.rounds = tuple(Rounds(shape=shape) for shape, _ in work)
 
-    def warm_up(self) -> None:
-        """Run each shape on both sides without counting it, and see how often its first token is to be taken."""
-        for shape, prompts in self._work:
-            self._progress(f"warming up, {shape}")
-            seen = [side.sample(prompts, shape.new, repeats=1) for _ in range(WARM_UP) for side in self._sides]
-            shortest = min(one.prefill for one in seen[-len(self._sides) :])
-            self._repeats.append(min(_MOST_REPEATS, max(1, math.ceil(_PREFILL_SECONDS / max(shortest, 1e-6)))))
-
     def extend(self, count: int) -> None:
-        """Sample until there are ``count`` rounds of each shape."""
+        """Sample until there are ``count`` rounds of each shape; the first is of the processes that are there."""
         for number in range(len(self.rounds[0].base), count):
             self._progress(f"round {number + 1} of {count}")
+            if number:
+                # Both begin to load before either is waited for.
+                for side in self._sides:
+                    side.restart()
+                for side in self._sides:
+                    side.open()
+            self._warm_up()
             for (shape, prompts), repeats, rounds in zip(self._work, self._repeats, self.rounds, strict=True):
-                # Whoever comes first has the colder machine: they take turns.
-                first, second = self._sides if number % 2 == 0 else self._sides[::-1]
-                found = {id(side): side.sample(prompts, shape.new, repeats=repeats) for side in (first, second)}
-                rounds.base.append(found[id(self._sides[0])])
-                rounds.candidate.append(found[id(self._sides[1])])
+                found: tuple[list[Sample], list[Sample]] = ([], [])
+                for turn in range(number, number + TURNS):
+                    # Whoever comes first has the colder machine: they take turns at it.
+                    for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                        found[which].append(self._sides[which].sample(prompts, shape.new, repeats=repeats))
+                rounds.base.append(_median(found[0]))
+                rounds.candidate.append(_median(found[1]))
+
+    def _warm_up(self) -> None:
+        """Run each shape on both sides without counting it; the first time, see how often its first token is taken."""
+        for shape, prompts in self._work:
+            seen = [side.sample(prompts, shape.new, repeats=1) for side in self._sides]
+            if len(self._repeats) < len(self._work):
+                shortest = max(min(one.prefill for one in seen), 1e-6)
+                self._repeats.append(min(_MOST_REPEATS, max(1, math.ceil(_PREFILL_SECONDS / shortest))))
+
+
+def _median(turns: Sequence[Sample]) -> Sample:
+    """Of each figure by itself."""
+    return Sample(
+        prefill=statistics.median(one.prefill for one in turns),
+        step=statistics.median(one.step for one in turns),
+        memory=round(statistics.median(one.memory for one in turns)),
+    )

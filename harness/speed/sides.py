@@ -59,6 +59,11 @@ class Side:
             self._team.close()
             self._team = None
 
+    def restart(self) -> None:
+        """End its process and start a new one, which is not waited for."""
+        self.__exit__(None, None, None)
+        self.__enter__()
+
     def _ask(self, request: str, *arguments: Any, loading: bool = False) -> Any:
         assert self._team is not None, "it is used inside its with block"
         return self._team.call(request, *arguments, world=1, loading=loading)[0]
