@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from harness.report.characters import legal, one_line
+from harness.report.columns import columns
 from harness.report.limits import neither_binds, percent
 from harness.speed.benching import NO_VERDICT, Bench, Plan, Result, Subject, Unmeasured
 from harness.speed.kinds.burst import SHARES, Burst
@@ -99,7 +99,10 @@ def _scaling(found: Scaling) -> list[str]:
         ("ranks", "threads of each", "ms/token", "efficiency", "verdict"),
         *(_point(found, one) for one in found.points),
     ]
-    return ["scaling: the latency over ranks; efficiency is the speed of N over N times that of 1", *_columns(rows)]
+    return [
+        "scaling: the latency over ranks; efficiency is the speed of N over N times that of 1",
+        *(f"  {line}" for line in columns(rows)),
+    ]
 
 
 def _point(found: Scaling, one: Point) -> tuple[str, ...]:
@@ -120,7 +123,7 @@ def _modules(found: Modules) -> list[str]:
     rows = [("part", *phases)]
     rows += [(part, *(percent(found.shares[phase][part]) for phase in phases)) for part in (*PARTS, REST)]
     title = f"modules: shares of a forward's time on {found.device}, {found.new} tokens after {found.prompt}"
-    return [f"{title}, in a run of their own under the profiler", *_columns(rows)]
+    return [f"{title}, in a run of their own under the profiler", *(f"  {line}" for line in columns(rows))]
 
 
 def _milliseconds(one: Spread) -> str:
@@ -129,11 +132,6 @@ def _milliseconds(one: Spread) -> str:
 
 def _memory(size: int) -> str:
     return f"peak memory {size / 2**20:.0f} MiB" if size else "peak memory not known"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [f"  {'  '.join(map(str.ljust, row, widths))}".rstrip() for row in rows]
 
 
 def bench_to_dict(bench: Bench) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from harness.report.characters import legal
+from harness.report.columns import columns
 from harness.report.limits import neither_binds, percent, roofline_line
 from harness.speed.judging import ERROR, Gate, Measure, Outcome, precision
 from harness.speed.roofline import Limit
@@ -31,7 +32,7 @@ def gate_to_text(gate: Gate) -> str:
     lines = [] if gate.base_verdict["ok"] else ["the base is not the golden's model, and nothing can be gated by it:"]
     lines += [f"base:      {_indented(gate.base_verdict['text'])}", f"candidate: {_indented(gate.verdict['text'])}"]
     if gate.measures:
-        lines += ["", *_columns([_HEADINGS, *(_row(one) for one in gate.measures)])]
+        lines += ["", *columns([_HEADINGS, *(_row(one) for one in gate.measures)])]
         share = f"{100 * (1 - ERROR):g} %"
         lines.append(
             f"{gate.rounds} rounds, each of new processes; all intervals hold together with {share} confidence"
@@ -102,11 +103,6 @@ def _row(one: Measure) -> tuple[str, ...]:
 
 def _reached(limit: Limit | None, seconds: float) -> str:
     return "not known" if limit is None else f"{percent(limit.share(seconds))} of {limit.binds}"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _indented(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from harness.report.columns import columns
 from harness.values import Verdict
 
 
@@ -31,16 +32,14 @@ class Cell(Protocol):
 def matrix_to_text(cells: Sequence[Cell], verdicts: Sequence[Verdict]) -> str:
     """Status and error of each cell; below, why some cannot exist."""
     by_spec = {one.candidate: one for one in verdicts}
-    columns = list(dict.fromkeys(cell.dtype for cell in cells))
-    rows = [["", *columns]]
+    precisions = list(dict.fromkeys(cell.dtype for cell in cells))
+    rows = [["", *precisions]]
     reasons = []
     for layout in reversed(list(dict.fromkeys(str(cell.layout) for cell in cells))):
         row = {cell.dtype: cell for cell in cells if str(cell.layout) == layout}
-        rows.append([layout, *(_cell(row[name], by_spec) for name in columns)])
+        rows.append([layout, *(_cell(row[name], by_spec) for name in precisions)])
         reasons += [f"{layout}, {cell.dtype}: {cell.reason}" for cell in row.values() if cell.reason]
-    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
-    lines = ["".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"no such cell: {one}" for one in reasons)])
+    return "\n".join([*columns(rows), *(f"no such cell: {one}" for one in reasons)])
 
 
 def _cell(cell: Cell, by_spec: dict[str, Verdict]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.report.characters import one_line
+from harness.report.columns import columns
 from harness.report.terminal import headline
 from harness.values import Pair
 
@@ -20,8 +21,6 @@ def pair_to_text(pair: Pair) -> str:
         )
         for one in pair.rows
     ]
-    widths = [max(len(row[i]) for row in (_TITLES, *rows)) + 2 for i in range(len(_TITLES))]
-    table = [
-        "".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (_TITLES, *rows)
-    ]
-    return "\n".join([f"first:  {headline(pair.first)}", f"second: {headline(pair.second)}", *table])
+    return "\n".join(
+        [f"first:  {headline(pair.first)}", f"second: {headline(pair.second)}", *columns([_TITLES, *rows])]
+    )

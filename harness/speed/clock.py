@@ -12,6 +12,7 @@ from pathlib import Path
 from harness.engines.base import Engine
 from harness.errors import EngineError
 from harness.speed.shapes import requests_of
+from harness.values import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +57,22 @@ def _seconds(engine: Engine, prompts: Sequence[Sequence[int]], new: int) -> floa
     requests = requests_of(prompts, new)
     _synchronise()
     start = time.perf_counter()
-    found = engine.generate(requests, batch_size=len(requests), stop_ids=frozenset())
+    complete(engine, requests)
     _synchronise()
-    taken = time.perf_counter() - start
-    if any(len(one.tokens) != new for one in found) or len(found) != len(requests):
-        told = [len(one.tokens) for one in found]
-        problem = f"{engine.spec} was asked for {new} tokens on {len(requests)} prompts, and gave {told}"
+    return time.perf_counter() - start
+
+
+def complete(engine: Engine, requests: Sequence[Request]) -> None:
+    """Continue some rows at once. Their tokens are back on the host, so nothing of them is still to be done.
+
+    Raises:
+        EngineError: when fewer tokens come back than were asked for.
+    """
+    found = engine.generate(requests, batch_size=len(requests), stop_ids=frozenset())
+    told, asked = [len(one.tokens) for one in found], [one.max_new_tokens for one in requests]
+    if told != asked:
+        problem = f"{engine.spec} was asked for {sum(asked)} tokens on {len(requests)} prompts, and gave {sum(told)}"
         raise EngineError(problem, fix="Let it go on to max_new_tokens where stop_ids is empty")
-    return taken
 
 
 def _synchronise() -> None:

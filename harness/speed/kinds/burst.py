@@ -15,7 +15,6 @@ import numpy as np
 from harness.engines.base import Engine
 from harness.errors import UsageError
 from harness.speed import clock
-from harness.speed.kinds.completion import complete
 from harness.speed.shapes import requests_of
 
 #: Shares of the requests whose waiting time is told.
@@ -100,13 +99,13 @@ def measure(engine: Engine, work: Work, pulse: Callable[[str], None]) -> Burst:
     size = work.size
     prompts = [work.prompts[number % len(work.prompts)] for number in range(size.count)]
     requests = requests_of(prompts, size.new)
-    complete(engine, requests[: work.batch])
+    clock.complete(engine, requests[: work.batch])
     memory = clock.Peak()
     waits: list[float] = []
     start = time.perf_counter()
     for first in range(0, size.count, work.batch):
         batch = requests[first : first + work.batch]
-        complete(engine, batch)
+        clock.complete(engine, batch)
         waits += [time.perf_counter() - start] * len(batch)
         pulse(f"burst, {len(waits)} of {size.count} requests done")
     return Burst(

@@ -6,11 +6,10 @@ The measurement of data set completion on Gaudi2 (https://huggingface.co/blog/ha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.engines.base import Engine
-from harness.errors import EngineError
 from harness.speed import clock
 from harness.speed.kinds.spread import Spread, spread
 from harness.values import Request
@@ -70,7 +69,7 @@ def measure(engine: Engine, work: Work, pulse: Callable[[str], None]) -> Complet
     for _ in range(1 + work.repeats):
         start = time.perf_counter()
         for number, batch in enumerate(batches):
-            complete(engine, batch)
+            clock.complete(engine, batch)
             pulse(f"completion, batch {number + 1} of {len(batches)}")
         taken.append(time.perf_counter() - start)
     return Completion(
@@ -82,16 +81,3 @@ def measure(engine: Engine, work: Work, pulse: Callable[[str], None]) -> Complet
         seconds=spread(taken[1:]),
         memory=memory.bytes(),
     )
-
-
-def complete(engine: Engine, requests: Sequence[Request]) -> None:
-    """Continue some rows at once. Their tokens are back on the host, so nothing of them is still to be done.
-
-    Raises:
-        EngineError: when fewer tokens come back than were asked for.
-    """
-    found = engine.generate(requests, batch_size=len(requests), stop_ids=frozenset())
-    told, asked = [len(one.tokens) for one in found], [one.max_new_tokens for one in requests]
-    if told != asked:
-        problem = f"{engine.spec} was asked for {sum(asked)} tokens on {len(requests)} prompts, and gave {sum(told)}"
-        raise EngineError(problem, fix="Let it go on to max_new_tokens where stop_ids is empty")
