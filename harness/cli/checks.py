@@ -110,7 +110,8 @@ def check(
 
     A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
     compile, batch, chunk, show, threads, device and trust_remote_code; for `tp` and `pp` size, stages, micro_batches,
-    model, dtype, attn, batch, chunk, threads, device, prepare and timeout. Ranks are started here, or joined where
+    model, dtype, attn, batch, chunk, threads, device, prepare and timeout; for `stream` (one block in memory at a time)
+    model, dtype, weights, attn, threads, device, read, hidden_gb and work. Ranks are started here, or joined where
     torchrun, deepspeed, srun or mpirun started this command.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     if everything == (golden is not None):

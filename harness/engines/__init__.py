@@ -10,6 +10,7 @@ from harness.engines import hf, target
 from harness.engines.base import Engine
 from harness.engines.ranks import engine as ranks
 from harness.engines.spec import Spec, parse_spec, suggest
+from harness.engines.streaming import engine as streaming
 from harness.errors import UsageError
 
 __all__ = ["ENGINES", "Engine", "Entry", "build_engine"]
@@ -48,6 +49,11 @@ ENGINES: Mapping[str, Entry] = {
     "pp": Entry(
         build=ranks.build,
         summary="a transformers model with its blocks cut into stages, one a process: pp:stages=2; with size=2 both",
+        packages=("torch", "transformers", "safetensors"),
+    ),
+    "stream": Entry(
+        build=streaming.build,
+        summary="a transformers checkpoint of any size, one block in memory at a time; scores whole sequences",
         packages=("torch", "transformers", "safetensors"),
     ),
 }

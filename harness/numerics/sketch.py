@@ -133,15 +133,16 @@ class Sketcher:
 
         if not self.fingerprints:
             return np.zeros(len(logits_GV), dtype=np.int64)
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[logits_GV.element_size()]
-        bits_GV = logits_GV.contiguous().view(integer).to(torch.int64)
-        # Odd multipliers are invertible modulo 2^64: a change in one column always shows.
-        words = np.random.Philox(key=_KEY + 1).random_raw(logits_GV.shape[-1]) | np.uint64(1)
-        return _array((bits_GV * torch.from_numpy(words.view(np.int64)).to(bits_GV.device)).sum(dim=-1), np.int64)
+        bits_GV, words = raw_bits(logits_GV), torch.from_numpy(checksum_words(logits_GV.shape[-1]))
+        return _array((bits_GV * words.to(bits_GV.device)).sum(dim=-1), np.int64)
 
     def take(self, other: Sketcher) -> None:
         """Add what another one has condensed, in another process for one."""
         self._parts += other._parts
+
+    def put(self, rows: Rows) -> None:
+        """Add rows that were condensed elsewhere, of the same vocabulary."""
+        self._parts.append(rows)
 
     def rows(self, requests: Sequence[int] | None = None) -> Rows:
         """All rows added so far, ordered by (request, position).
@@ -152,6 +153,24 @@ class Sketcher:
         if requests is None:
             return rows
         return sort_rows(replace(rows, request=np.asarray(requests, dtype=np.int32)[rows.request]))
+
+
+def raw_bits(logits_GV: torch.Tensor) -> torch.Tensor:
+    """The bit pattern of each logit, int64 [G, V]."""
+    import torch
+
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[logits_GV.element_size()]
+    return logits_GV.contiguous().view(integer).to(torch.int64)
+
+
+@lru_cache(maxsize=4)
+def checksum_words(columns: int) -> NDArray[np.int64]:
+    """What bit patterns are multiplied with before they are summed modulo 2^64, int64 [V].
+
+    Odd multipliers are invertible modulo 2^64: a change in one column always shows.
+    """
+    words = np.random.Philox(key=_KEY + 1).random_raw(columns) | np.uint64(1)
+    return words.view(np.int64)
 
 
 def _entropy(logits_NV: torch.Tensor, logsumexp_N: torch.Tensor) -> torch.Tensor:
