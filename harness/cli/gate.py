@@ -24,8 +24,8 @@ from harness.cli.output import must_be_writable, progress_line, write_json, writ
 )
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="May be repeated.  [default: 1, 8]")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=8), default=32, show_default=True, help="At most.")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=16, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=8), default=64, show_default=True, help="At most.")
 @click.option("--quick", is_flag=True, help="Judge by the golden's quick runs only.")
 @click.option(
     "--reference", type=click.Path(path_type=Path), metavar="DIR", help="The golden's model, if not beside it."

@@ -13,7 +13,7 @@ from harness.flow.references import read, reference_directory
 from harness.flow.running import Progress, silent
 from harness.numerics.ratios import LOOKS
 from harness.speed import judging
-from harness.speed.judging import Gate, Limits
+from harness.speed.judging import Gate, Limits, Measure
 from harness.speed.revisions import checkout
 from harness.speed.sampling import Sampler
 from harness.speed.shapes import prompts_of, refuse_too_long, shapes
@@ -31,7 +31,7 @@ def gate(
     limits: Limits | None = None,
     batches: Sequence[int] = (1, 8),
     prompt: int = 128,
-    new: int = 32,
+    new: int = 16,
     rounds: int = LOOKS[-1],
     quick: bool = False,
     reference: str | Path | None = None,
@@ -95,14 +95,18 @@ def gate(
             return result
         looks = [look for look in LOOKS if look <= rounds] if result.verdict["ok"] else LOOKS[:1]
         settings = (first.open(), second.open())
-        sampler = Sampler(first, second, work, progress)
+        sampler = Sampler(first, second, settings, work, progress)
+        measures: tuple[Measure, ...] = ()
+        left = [shape for shape, _ in work]
         for look in looks:
-            sampler.extend(look)
-            measures = judging.measures(sampler.rounds, limits or Limits())
+            sampler.extend(look, left)
+            measures = judging.kept(measures, judging.measures(sampler.rounds, limits or Limits()))
             if judging.settled(measures):
                 break
-        rounds = len(sampler.rounds[0].base)
+            left = [shape for shape in left if shape.batch in judging.unsure(measures)]
         # Afterwards: buffers larger than the caches would count as the engines' memory.
         base_roofline, roofline = (side.roofline([shape for shape, _ in work]) for side in (first, second))
     measures = judging.limited(measures, base_roofline, roofline)
-    return replace(result, measures=measures, rounds=rounds, settings=settings, rooflines=(base_roofline, roofline))
+    return replace(
+        result, measures=measures, rounds=sampler.count, settings=settings, rooflines=(base_roofline, roofline)
+    )

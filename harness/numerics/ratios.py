@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 #: Pairs after which the interval is looked at. Each look is given its own share of the error, so looking costs nothing.
-LOOKS = (8, 16, 32)
+LOOKS = (8, 16, 32, 64)
 #: Share of the pairs that is left out at each end: what else the machine does lengthens some by any factor.
 TRIM = 0.2
 _RESAMPLES = 2000
@@ -30,8 +30,8 @@ class Interval:
     high: float
 
 
-def interval(logs: Float64, *, error: float) -> Interval:
-    """The typical ratio of pairs, with its bootstrap interval.
+def interval(logs: Float64, *, below: float, above: float) -> Interval:
+    """The typical ratio of pairs, with its bootstrap interval, whose ends may miss it unequally often.
 
     The trimmed mean of the pairs' logarithms, plus and minus Student's quantile times its bootstrap standard error.
     The degrees of freedom are those of Tukey and McLaughlin's interval for a trimmed mean (Sankhya A 25, 1963): one
@@ -40,7 +40,8 @@ def interval(logs: Float64, *, error: float) -> Interval:
 
     Args:
         logs: logarithms of the ratios, [N].
-        error: how often the interval may miss the ratio, both sides together.
+        below: how often the ratio may be below the interval.
+        above: how often it may be above.
 
     Raises:
         ValueError: for fewer than four pairs.
@@ -56,10 +57,15 @@ def interval(logs: Float64, *, error: float) -> Interval:
     drawn = np.random.default_rng(_SEED).integers(count, size=(_RESAMPLES, count))
     means = np.sort(logs[drawn], axis=1)[:, kept].mean(axis=1)
     spread = float(means.std(ddof=1)) * math.sqrt(count / (count - 1))
-    reach = spread * float(stats.t.ppf(1 - error / 2, count - 2 * cut - 1))
-    return Interval(low=math.exp(middle - reach), middle=math.exp(middle), high=math.exp(middle + reach))
+    low, high = (spread * float(stats.t.isf(error, count - 2 * cut - 1)) for error in (below, above))
+    return Interval(low=math.exp(middle - low), middle=math.exp(middle), high=math.exp(middle + high))
 
 
-def share(error: float, measures: int) -> float:
-    """What of the whole error each interval is given: Bonferroni over the looks and the measures."""
-    return error / (len(LOOKS) * measures)
+def shares(error: float, measures: int) -> dict[str, float]:
+    """What of an error each end of each interval is given, as `interval` takes it.
+
+    Both are shared by the looks (Bonferroni). To fail, one measure of several is enough, so they share the error of low
+    ends too. To pass, every measure has to: a candidate beyond the limit in one of them passes no more often than that
+    one does, so high ends need share nothing (Berger, Technometrics 24, 1982: intersection-union tests).
+    """
+    return {"below": error / (len(LOOKS) * measures), "above": error / len(LOOKS)}

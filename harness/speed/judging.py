@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from harness.numerics.ratios import Interval, interval, share
+from harness.numerics.ratios import Interval, interval, shares
 from harness.speed.clock import Sample
 from harness.speed.roofline import Limit, Roofline
 from harness.speed.sampling import Rounds
 
-#: How often a gate may be wrong about any of its measures, both ways and over all looks together.
+#: How often a gate may pass what is beyond a limit, and how often it may call a candidate beyond one that is not: over
+#: all measures and looks together.
 ERROR = 0.05
 
 _PARTS: Mapping[str, Callable[[Sample], float]] = {"prefill": lambda one: one.prefill, "decode": lambda one: one.step}
@@ -94,26 +95,26 @@ class Measure:
 
 def measures(rounds: Sequence[Rounds], limits: Limits) -> tuple[Measure, ...]:
     """Each part of each shape, judged on the rounds that there are."""
-    error = share(ERROR, len(rounds) * len(_PARTS))
-    return tuple(_measure(one, part, limits, error) for one in rounds for part in _PARTS)
+    errors = shares(ERROR, len(rounds) * len(_PARTS))
+    return tuple(_measure(one, part, limits, errors) for one in rounds for part in _PARTS)
 
 
-def _measure(rounds: Rounds, part: str, limits: Limits, error: float) -> Measure:
+def _measure(rounds: Rounds, part: str, limits: Limits, errors: Mapping[str, float]) -> Measure:
     value = _PARTS[part]
-    base, candidate = ([max(value(one), 1e-9) for one in side] for side in (rounds.base, rounds.candidate))
-    ratio = interval(np.log(candidate) - np.log(base), error=error)
+    base, candidate = ([one for turns in side for one in turns] for side in (rounds.base, rounds.candidate))
+    ratio = interval(np.array(rounds.ratios(value)), **errors)
     limit = limits.of(part)
     return Measure(
         part=part,
         batch=rounds.shape.batch,
         prompt=rounds.shape.prompt,
-        base=statistics.median(base),
-        candidate=statistics.median(candidate),
+        base=statistics.median(value(one) for one in base),
+        candidate=statistics.median(value(one) for one in candidate),
         ratio=ratio,
         limit=limit,
         outcome=_outcome(ratio, limit),
-        base_memory=round(statistics.median(one.memory for one in rounds.base)),
-        candidate_memory=round(statistics.median(one.memory for one in rounds.candidate)),
+        base_memory=round(statistics.median(one.memory for one in base)),
+        candidate_memory=round(statistics.median(one.memory for one in candidate)),
     )
 
 
@@ -135,6 +136,17 @@ def limited(found: Sequence[Measure], base: Roofline, candidate: Roofline) -> tu
         )
         for one in found
     )
+
+
+def kept(before: Sequence[Measure], now: Sequence[Measure]) -> tuple[Measure, ...]:
+    """The measures of a look; one that was within its limit at an earlier one is decided, and stays as it was then."""
+    decided = {(one.batch, one.part): one for one in before if one.outcome is Outcome.WITHIN}
+    return tuple(decided.get((one.batch, one.part), one) for one in now)
+
+
+def unsure(found: Sequence[Measure]) -> frozenset[int]:
+    """Batch sizes of which more rounds may tell something."""
+    return frozenset(one.batch for one in found if one.outcome is Outcome.UNSURE)
 
 
 def settled(found: Sequence[Measure]) -> bool:

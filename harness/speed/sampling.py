@@ -1,22 +1,25 @@
 """Rounds of base and candidate: new processes for both, a warm-up, then A B, B A, A B, until enough is known.
 
-How memory happens to be laid out makes one process faster than another of the same code, by up to a tenth here, for as
-long as it lives (Mytkowicz et al., Producing wrong data without doing anything obviously wrong!, ASPLOS 2009). Turns
-within one pair of processes would measure that ever more exactly; so a round is a pair of new ones.
+How memory happens to be laid out makes one process faster than another of the same code for as long as it lives
+(Mytkowicz et al., Producing wrong data without doing anything obviously wrong!, ASPLOS 2009), and so does the processor
+that it happens to be on. Turns within one pair of processes would measure that ever more exactly; so a round is a
+pair of new ones, both on the same processors.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from harness.speed import processors
 from harness.speed.clock import Sample
 from harness.speed.shapes import Shape
 from harness.speed.sides import Side
 
-#: Turns of each side in a round, of which the median counts.
+#: Turns of each side in a round, each with a ratio of its own, of which the median counts.
 TURNS = 3
 #: The first token is taken so often that it lasts this many seconds in all, but at most so many times.
 _PREFILL_SECONDS = 0.05
@@ -25,11 +28,24 @@ _MOST_REPEATS = 9
 
 @dataclass(slots=True)
 class Rounds:
-    """What was sampled of one shape; entry i of both lists is the medians of round i."""
+    """What was sampled of one shape; entry i of both lists is the turns of round i, in the same order."""
 
     shape: Shape
-    base: list[Sample] = field(default_factory=list)
-    candidate: list[Sample] = field(default_factory=list)
+    base: list[tuple[Sample, ...]] = field(default_factory=list)
+    candidate: list[tuple[Sample, ...]] = field(default_factory=list)
+
+    def ratios(self, value: Callable[[Sample], float]) -> list[float]:
+        """Logarithm of candidate over base by rounds: the median of the turns', each of two samples that are neighbours.
+
+        What slows the machine for a while slows both sides of most turns, and the median leaves out the others.
+        """
+        return [
+            statistics.median(
+                math.log(max(value(other), 1e-9)) - math.log(max(value(one), 1e-9))
+                for one, other in zip(base, candidate, strict=True)
+            )
+            for base, candidate in zip(self.base, self.candidate, strict=True)
+        ]
 
 
 class Sampler:
@@ -38,6 +54,7 @@ class Sampler:
     Args:
         base: the side that is believed to be fast enough.
         candidate: the other.
+        settings: of both, as they were opened.
         work: each shape with its prompts.
         progress: called with a few words before each round.
     """
@@ -46,48 +63,54 @@ class Sampler:
         self,
         base: Side,
         candidate: Side,
+        settings: tuple[Mapping[str, Any], Mapping[str, Any]],
         work: Sequence[tuple[Shape, Sequence[Sequence[int]]]],
         progress: Callable[[str], None],
     ) -> None:
         self._sides = (base, candidate)
-        self._work = work
+        self._counts = (settings[0].get("processors"), settings[1].get("processors"))
+        self._prompts = dict(work)
         self._progress = progress
-        self._repeats: list[int] = []
+        self._repeats: dict[Shape, int] = {}
         self.rounds = tuple(Rounds(shape=shape) for shape, _ in work)
 
-    def extend(self, count: int) -> None:
-        """Sample until there are ``count`` rounds of each shape; the first is of the processes that are there."""
-        for number in range(len(self.rounds[0].base), count):
+    @property
+    def count(self) -> int:
+        """Rounds so far, of the shape that has most."""
+        return max(len(one.base) for one in self.rounds)
+
+    def extend(self, count: int, shapes: Sequence[Shape]) -> None:
+        """Sample until there are ``count`` rounds of the named shapes; the others stay as they are."""
+        asked = [one for one in self.rounds if one.shape in shapes]
+        for number in range(self.count, count):
             self._progress(f"round {number + 1} of {count}")
-            if number:
-                # Both begin to load before either is waited for.
-                for side in self._sides:
-                    side.restart()
-                for side in self._sides:
-                    side.open()
-            self._warm_up()
-            for (shape, prompts), repeats, rounds in zip(self._work, self._repeats, self.rounds, strict=True):
-                found: tuple[list[Sample], list[Sample]] = ([], [])
-                for turn in range(number, number + TURNS):
-                    # Whoever comes first has the colder machine: they take turns at it.
-                    for which in (0, 1) if turn % 2 == 0 else (1, 0):
-                        found[which].append(self._sides[which].sample(prompts, shape.new, repeats=repeats))
-                rounds.base.append(_median(found[0]))
-                rounds.candidate.append(_median(found[1]))
+            self._start(number)
+            for rounds in asked:
+                self._warm_up(rounds.shape)
+            for rounds in asked:
+                self._sample(rounds, number)
 
-    def _warm_up(self) -> None:
-        """Run each shape on both sides without counting it; the first time, see how often its first token is taken."""
-        for shape, prompts in self._work:
-            seen = [side.sample(prompts, shape.new, repeats=1) for side in self._sides]
-            if len(self._repeats) < len(self._work):
-                shortest = max(min(one.prefill for one in seen), 1e-6)
-                self._repeats.append(min(_MOST_REPEATS, max(1, math.ceil(_PREFILL_SECONDS / shortest))))
+    def _start(self, number: int) -> None:
+        drawn = processors.drawn(self._counts, number)
+        for side in self._sides:
+            side.restart()
+        for side in self._sides:
+            side.open(drawn)
 
+    def _warm_up(self, shape: Shape) -> None:
+        """Run a shape on both sides without counting it; the first time, see how often its first token is taken."""
+        seen = [side.sample(self._prompts[shape], shape.new, repeats=1) for side in self._sides]
+        if shape not in self._repeats:
+            shortest = max(min(one.prefill for one in seen), 1e-6)
+            self._repeats[shape] = min(_MOST_REPEATS, max(1, math.ceil(_PREFILL_SECONDS / shortest)))
 
-def _median(turns: Sequence[Sample]) -> Sample:
-    """Of each figure by itself."""
-    return Sample(
-        prefill=statistics.median(one.prefill for one in turns),
-        step=statistics.median(one.step for one in turns),
-        memory=round(statistics.median(one.memory for one in turns)),
-    )
+    def _sample(self, rounds: Rounds, number: int) -> None:
+        shape = rounds.shape
+        found: tuple[list[Sample], list[Sample]] = ([], [])
+        for turn in range(number, number + TURNS):
+            # Whoever comes first has the colder machine: they take turns at it.
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                side = self._sides[which]
+                found[which].append(side.sample(self._prompts[shape], shape.new, repeats=self._repeats[shape]))
+        rounds.base.append(tuple(found[0]))
+        rounds.candidate.append(tuple(found[1]))

@@ -6,6 +6,7 @@ Requests and answers are plain values: the other end may be another version of t
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,6 +14,10 @@ from typing import Any
 
 from harness.engines.base import Engine
 from harness.errors import EngineError
+from harness.speed import processors
+
+#: What every engine needs; a round need not wait for it.
+_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "harness.engines")
 
 
 class Server:
@@ -23,6 +28,12 @@ class Server:
         store: of ranks, and not needed.
         pulse: called with a few words whenever it has got somewhere.
     """
+
+    @staticmethod
+    def prepare() -> None:
+        """What is done once for all lives of the process: nothing that starts a thread, which no fork would have."""
+        for name in _LIBRARIES:
+            importlib.import_module(name)
 
     def __init__(self, rank: int, store: Callable[..., Any], pulse: Callable[[str], None]) -> None:
         del rank, store
@@ -53,16 +64,20 @@ class Server:
             "data": verdict.to_dict(),
         }
 
-    def open(self, spec: str, model: str | None) -> dict[str, Any]:
-        """Open the engine; shows its settings."""
+    def open(self, spec: str, model: str | None, processors_: Sequence[int] | None = None) -> dict[str, Any]:
+        """Open the engine, on some processors alone where they are named; shows its settings."""
         from harness.engines import build_engine
 
         self.close()
+        if processors_ is not None:
+            # Before the engine has threads or processes: those get theirs from this one.
+            processors.use(processors_)
         engine = build_engine(spec, model=model)
         engine.progress = self._pulse
         self._engine, self._model = self._stack.enter_context(engine), model
         shown = engine.settings
-        return {key: shown.get(key) for key in ("dtype", "device", "threads", "parameters")}
+        told = {key: shown.get(key) for key in ("dtype", "device", "threads", "parameters")}
+        return {**told, "processors": processors.needed(told["threads"])}
 
     def sample(self, prompts: Sequence[Sequence[int]], new: int, repeats: int) -> dict[str, float]:
         """One run of a shape, as clock.Sample."""

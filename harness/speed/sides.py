@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.engines.ranks.spawned import SpawnedTeam
+from harness.engines.ranks.worker import RENEW
 from harness.errors import EngineError
 from harness.speed.clock import Sample
 from harness.speed.revisions import Checkout
@@ -60,9 +61,14 @@ class Side:
             self._team = None
 
     def restart(self) -> None:
-        """End its process and start a new one, which is not waited for."""
-        self.__exit__(None, None, None)
-        self.__enter__()
+        """A new process takes the place of its own."""
+        assert self._team is not None, "it is used inside its with block"
+        if self._team.renews:
+            self._ask(RENEW, loading=True)
+        else:
+            # Of another version, or gone.
+            self.__exit__(None, None, None)
+            self.__enter__()
 
     def _ask(self, request: str, *arguments: Any, loading: bool = False) -> Any:
         assert self._team is not None, "it is used inside its with block"
@@ -74,10 +80,12 @@ class Side:
         found: dict[str, Any] = self._ask("check", str(golden.resolve()), self.spec, given, quick, loading=True)
         return found
 
-    def open(self) -> dict[str, Any]:
-        """Load it; some of its settings."""
+    def open(self, processors: Sequence[int] | None = None) -> dict[str, Any]:
+        """Load it, on some processors alone where they are named; some of its settings."""
         model = None if self._model is None else str(self._model.resolve())
-        found: dict[str, Any] = self._ask("open", self.spec, model, loading=True)
+        # One of another version knows nothing of them, and shows none.
+        named = () if processors is None else (tuple(processors),)
+        found: dict[str, Any] = self._ask("open", self.spec, model, *named, loading=True)
         return found
 
     def sample(self, prompts: Sequence[Sequence[int]], new: int, *, repeats: int) -> Sample:

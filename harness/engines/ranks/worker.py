@@ -1,6 +1,7 @@
 """A spawned rank: `python -m harness.engines.ranks.worker`, started by spawned.py and by nobody else.
 
-It answers requests from one socket, and dies with the process that holds the other end of a pipe.
+It answers requests from one socket, and dies with the process that holds the other end of a pipe. Where what answers
+has a method `prepare`, that is called once, and the request RENEW starts from there again, in a new process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.engines.ranks import forks
 from harness.engines.ranks.failure import raised
 from harness.engines.ranks.wire import Wire
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 #: A pulse is sent at most this often, in seconds.
 _PULSE = 0.2
 _PR_SET_PDEATHSIG = 1
+#: The request that is answered by ending, and starting anew.
+RENEW = "renew"
 
 
 class Pulse:
@@ -57,15 +61,28 @@ def main(wire_fd: int, lifeline_fd: int, rank: int, server: str) -> None:
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    _die_with_parent(lifeline_fd)
+    _die_with(os.getppid())
     os.set_inheritable(wire_fd, False)
+    os.set_inheritable(lifeline_fd, False)
     wire = Wire(socket.socket(fileno=wire_fd))
     try:
         module, _, name = server.partition(":")
-        answering = getattr(importlib.import_module(module), name)(rank, _store, Pulse(wire.send))
-        wire.send(("ready", None))
+        made = getattr(importlib.import_module(module), name)
+        renews = hasattr(made, "prepare")
+        if renews:
+            made.prepare()
+            started = os.getpid()
+            forks.live(lifeline_fd)
+            _die_with(started)
+        _watch(lifeline_fd)
+        answering = made(rank, _store, Pulse(wire.send))
+        wire.send(("ready", renews or None))
         while (asked := _asked(wire)) is not None:
             request, arguments = asked
+            if request == RENEW:
+                answering.close()
+                wire.send(("done", None))
+                os._exit(forks.RENEWED)
             wire.send(("done", answering.answer(request, *arguments)))
     except BaseException as error:  # noqa: BLE001  # the parent tells it
         # This rank stays, and keeps its connections, until the parent ends it: the others' complaints of a closed one
@@ -96,11 +113,16 @@ def _store(setup: Setup) -> Store:
     return FileStore(str(Path(setup.meeting)), setup.layout.world)
 
 
-def _die_with_parent(lifeline_fd: int) -> None:
-    """End at once when the parent does, however it ends; a stopped process needs the kernel for that."""
-    os.set_inheritable(lifeline_fd, False)
+def _die_with(parent: int) -> None:
+    """Let the kernel end this process with its parent, however that ends: it ends a stopped one too."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _watch(lifeline_fd: int) -> None:
+    """End at once when the other end of the pipe is closed."""
 
     def watch() -> None:
         with contextlib.suppress(OSError):

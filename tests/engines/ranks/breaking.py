@@ -6,6 +6,7 @@ Hooks are for `prepare=tests.engines.ranks.breaking:NAME`; each breaks rank 1 al
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 import signal
@@ -117,6 +118,31 @@ class Light:
         with open(file, "w", encoding="utf-8") as written:
             written.write(str(child.pid))
         self.kill()
+
+
+class Renewing(Light):
+    """One that starts anew when it is asked to, from what was prepared once."""
+
+    prepared = 0
+    lives = 0
+
+    @classmethod
+    def prepare(cls):
+        """Called once, whatever number of lives there are."""
+        cls.prepared += 1
+
+    def answer(self, request, *arguments):
+        """As Light, or what it can tell of itself."""
+        if request != "tell":
+            return super().answer(request, *arguments)
+        type(self).lives += 1
+        found = mmap.mmap(-1, 2**25)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(found))
+        return {"pid": os.getpid(), "prepared": self.prepared, "lives": self.lives, "address": address}
+
+    def close(self):
+        """Say so in the log, where the next life is the one that is asked."""
+        print("closed", flush=True)
 
 
 class Silent(Light):
