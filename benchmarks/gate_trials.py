@@ -85,10 +85,8 @@ def _run(name: str, candidate: str, number: int, given: argparse.Namespace) -> s
     ratios = ", ".join(f"{one.ratio.low:.3f} to {one.ratio.high:.3f}" for one in found.measures)
     unsure = sum(one.outcome is Outcome.UNSURE for one in found.measures)
     taken = time.perf_counter() - start
-    print(
-        f"{name} {number + 1}: {word} after {found.rounds} rounds, {taken:.0f} s ({ratios}; {unsure} unsure)",
-        flush=True,
-    )
+    told = f"{word} after {found.rounds} rounds, {taken:.0f} s ({ratios}; {unsure} unsure)"
+    print(f"{name} {number + 1}: {told}", flush=True)
     return word
 
 

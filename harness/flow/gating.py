@@ -107,6 +107,5 @@ def gate(
         # Afterwards: buffers larger than the caches would count as the engines' memory.
         base_roofline, roofline = (side.roofline([shape for shape, _ in work]) for side in (first, second))
     measures = judging.limited(measures, base_roofline, roofline)
-    return replace(
-        result, measures=measures, rounds=sampler.count, settings=settings, rooflines=(base_roofline, roofline)
-    )
+    rooflines = (base_roofline, roofline)
+    return replace(result, measures=measures, rounds=sampler.count, settings=settings, rooflines=rooflines)

@@ -33,10 +33,11 @@ def gate_to_text(gate: Gate) -> str:
     lines += [f"base:      {_indented(gate.base_verdict['text'])}", f"candidate: {_indented(gate.verdict['text'])}"]
     if gate.measures:
         lines += ["", *columns([_HEADINGS, *(_row(one) for one in gate.measures)])]
-        share = f"{100 * (1 - ERROR):g} %"
-        lines.append(
-            f"{gate.rounds} rounds, each of new processes; all intervals hold together with {share} confidence"
-        )
+        chance = f"{100 * ERROR:g} %"
+        lines += [
+            f"{gate.rounds} rounds, each of new processes on the same processors",
+            f"chance that what is beyond a limit passes: {chance} at most, and as much that what is within all is refused",
+        ]
         lines += _limits(gate)
     return legal("\n".join([*lines, f"gate: {conclusion(gate)}"]))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 
 
 def needed(threads: int | None) -> int | None:
@@ -36,6 +37,6 @@ def drawn(counts: tuple[int | None, int | None], number: int) -> tuple[int, ...]
     return tuple(random.Random(number).sample(here, most)) if most < len(here) else None
 
 
-def use(which: tuple[int, ...] | list[int]) -> None:
+def use(which: Sequence[int]) -> None:
     """Run this process, and what it starts from now on, on these alone."""
     os.sched_setaffinity(0, which)

@@ -35,7 +35,7 @@ class Rounds:
     candidate: list[tuple[Sample, ...]] = field(default_factory=list)
 
     def ratios(self, value: Callable[[Sample], float]) -> list[float]:
-        """Logarithm of candidate over base by rounds: the median of the turns', each of two samples that are neighbours.
+        """Logarithm of candidate over base by rounds: the median of the turns', each of two neighbouring samples.
 
         What slows the machine for a while slows both sides of most turns, and the median leaves out the others.
         """

@@ -68,10 +68,8 @@ def test_a_revision_that_waits_is_found_slower(home):
 
 
 @pytest.mark.usefixtures("one_look")
-def test_speed_that_is_bought_with_a_wrong_result_is_refused(home, monkeypatch):
+def test_speed_that_is_bought_with_a_wrong_result_is_refused(home):
     """The candidate's verdict decides whatever its speed, and the command says both."""
-    # The test above starts new processes for each round; here each round opens the engines anew.
-    monkeypatch.setattr(gating.Side, "restart", lambda _side: None)
     (home / "wrong_port.py").write_text(PORT.format(wait=0, scale=1.5))
     (home / "slow_port.py").write_text(PORT.format(wait=0.05, scale=1))
     done = CliRunner().invoke(
