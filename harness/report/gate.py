@@ -36,7 +36,7 @@ def gate_to_text(gate: Gate) -> str:
         chance = f"{100 * ERROR:g} %"
         lines += [
             f"{gate.rounds} rounds, each of new processes on the same processors",
-            f"chance that what is beyond a limit passes: {chance} at most, and as much that what is within all is refused",
+            f"chance that what is beyond a limit passes, and that what is within all is refused: {chance} at most each",
         ]
         lines += _limits(gate)
     return legal("\n".join([*lines, f"gate: {conclusion(gate)}"]))
