@@ -26,11 +26,20 @@ class Checkout:
         revision: its commit.
         directory: what the working directory is there.
         path: what `sys.path` is there.
+        root: of the repository itself.
+        copy: what takes its place.
     """
 
     revision: str
     directory: Path
     path: tuple[str, ...]
+    root: Path
+    copy: Path
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file of this process is one of the repository, and the revision has one of its own."""
+        file = file.resolve()
+        return file.is_relative_to(self.root) and (self.copy / file.relative_to(self.root)).exists()
 
 
 @contextmanager
@@ -60,7 +69,7 @@ def checkout(revision: str, start: Path | None = None) -> Iterator[Checkout]:
         if not directory.is_dir():
             problem = f"{here.relative_to(root)} is no directory of the revision {revision!r}"
             raise UsageError(problem, fix="Start the command in a directory that both revisions have")
-        yield Checkout(revision=commit, directory=directory, path=moved(sys.path, root, target))
+        yield Checkout(revision=commit, directory=directory, path=moved(sys.path, root, target), root=root, copy=target)
 
 
 def moved(path: Sequence[str], root: Path, target: Path) -> tuple[str, ...]:

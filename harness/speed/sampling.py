@@ -92,6 +92,7 @@ class Sampler:
 
     def _start(self, number: int) -> None:
         drawn = processors.drawn(self._counts, number)
+        self._sides[0].exchange(self._sides[1])
         for side in self._sides:
             side.restart()
         for side in self._sides:

@@ -40,18 +40,31 @@ class Side:
         self._model, self._checkout = model, checkout
         self._timeout, self._progress = timeout, progress
         self._team: SpawnedTeam | None = None
+        # Whether its process looks for code where the checkout is.
+        self._placed = False
+
+    @property
+    def _apart(self) -> bool:
+        """Whether its process runs other code of this project, from its first line on."""
+        return self._checkout is not None and self._checkout.holds(Path(__file__))
 
     def __enter__(self) -> Self:
+        apart = self._checkout if self._apart else None
         self._team = SpawnedTeam(
             1,
             device="any",
             server="harness.speed.serving:Server",
-            path=None if self._checkout is None else self._checkout.path,
-            directory=None if self._checkout is None else self._checkout.directory,
+            path=None if apart is None else apart.path,
+            directory=None if apart is None else apart.directory,
         )
+        self._claim()
+        return self
+
+    def _claim(self) -> None:
+        assert self._team is not None, "it is used inside its with block"
         self._team.spec, self._team.timeout = self.spec, self._timeout
         self._team.progress = lambda text: self._progress(f"{self.spec}: {text.partition(': ')[2] or text}")
-        return self
+        self._placed = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -63,14 +76,32 @@ class Side:
     def restart(self) -> None:
         """A new process takes the place of its own."""
         assert self._team is not None, "it is used inside its with block"
-        if self._team.renews:
-            self._ask(RENEW, loading=True)
+        if self._team.renews and not self._apart:
+            self._call(RENEW, loading=True)
+            self._placed = False
         else:
-            # Of another version, or gone.
+            # Gone, or of another version: that has addresses of its own, which a fork would keep.
             self.__exit__(None, None, None)
             self.__enter__()
 
+    def exchange(self, other: Side) -> None:
+        """Take the other side's process for this one's, where either could run both; for `restart` to follow.
+
+        Forks of one process have the addresses of its libraries, which make them faster or slower than those of
+        another. Where sides take turns at the two, that is nobody's.
+        """
+        if not self._apart and not other._apart:
+            self._team, other._team = other._team, self._team
+            self._claim()
+            other._claim()
+
     def _ask(self, request: str, *arguments: Any, loading: bool = False) -> Any:
+        if self._checkout is not None and not self._apart and not self._placed:
+            self._call("place", self._checkout.path, str(self._checkout.directory))
+            self._placed = True
+        return self._call(request, *arguments, loading=loading)
+
+    def _call(self, request: str, *arguments: Any, loading: bool = False) -> Any:
         assert self._team is not None, "it is used inside its with block"
         return self._team.call(request, *arguments, world=1, loading=loading)[0]
 

@@ -59,6 +59,14 @@ def test_modules_of_the_repository_come_from_the_revision(repository, monkeypatc
         assert os.path.dirname(os.__file__) in found.path
 
 
+def test_a_file_is_held_where_the_revision_has_its_own(repository, tmp_path):
+    """Neither one that git does not track, such as an environment's, nor one outside of the repository."""
+    with checkout("HEAD~1") as found:
+        assert found.holds(repository / "src/module.py")
+        assert not found.holds(repository / "src/weights.bin")
+        assert not found.holds(tmp_path / "elsewhere.py")
+
+
 def test_a_working_directory_below_the_root_is_the_same_one_there(repository):
     """The command may be started anywhere in the repository, where the revision has that directory."""
     with checkout("HEAD~1", repository / "src") as found:

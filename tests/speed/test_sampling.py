@@ -14,6 +14,9 @@ class Side:
     def __init__(self, name, log, prefill):
         self._name, self._log, self._prefill = name, log, prefill
 
+    def exchange(self, other):
+        self._log.append((self._name, "exchange"))
+
     def restart(self):
         self._log.append((self._name, "restart"))
 
@@ -53,13 +56,13 @@ def test_each_round_is_of_new_processes():
     """Both are started anew and opened before either is sampled; the other side is first in the second round."""
     found, log = sampler()
     found.extend(1, SHAPES)
-    start = [("A", "restart"), ("B", "restart"), ("A", "open", None), ("B", "open", None)]
-    assert log[:4] == start
+    start = [("A", "exchange"), ("A", "restart"), ("B", "restart"), ("A", "open", None), ("B", "open", None)]
+    assert log[:5] == start
     before = len(log)
     found.extend(2, SHAPES)
-    assert log[before : before + 4] == start
-    assert log[before + 4][:2] == ("A", 1)
-    assert log[before + 8][:2] == ("B", 1)
+    assert log[before : before + 5] == start
+    assert log[before + 5][:2] == ("A", 1)
+    assert log[before + 9][:2] == ("B", 1)
 
 
 def test_both_sides_of_a_round_run_on_the_same_processors(monkeypatch):
@@ -76,11 +79,11 @@ def test_both_sides_of_a_round_run_on_the_same_processors(monkeypatch):
 
 
 def test_the_turns_are_kept_with_their_side():
-    """Whichever came first: A was sampled 9th, 12th and 13th, B 10th, 11th and 14th."""
+    """Whichever came first: A was sampled 10th, 13th and 14th, B 11th, 12th and 15th."""
     found, _log = sampler()
     found.extend(1, SHAPES)
-    assert [one.step for one in found.rounds[0].base[0]] == [9, 12, 13]
-    assert [one.step for one in found.rounds[0].candidate[0]] == [10, 11, 14]
+    assert [one.step for one in found.rounds[0].base[0]] == [10, 13, 14]
+    assert [one.step for one in found.rounds[0].candidate[0]] == [11, 12, 15]
 
 
 def test_more_rounds_go_on_from_those_that_there_are():
