@@ -101,25 +101,27 @@ def _different(stored: Stored, one: Pair, declared: str | None) -> _Other | Clue
         return _plain(one, f"is {str(held.dtype).removeprefix('torch.')}, and was not compared", wrong=False)
     if right.shape != held.shape:
         return _misshapen(one, right, held)
-    cast = _cast(right, held.dtype, declared, _input_dim(one.name, stored))
-    if bool((cast == held).all()):
+    casts = _casts(right, held.dtype, declared, _input_dim(one.name, stored))
+    if any(bool((cast == held).all()) for cast in casts):
         return None
+    nearest = min(casts, key=lambda cast: int((cast != held).sum()))
     layout = layout_of(one.name, tuple(right.shape), stored.config)
     return _Other(
         pair=one,
-        sides=Sides(stored=right, right=cast, held=held, layout=layout, input_dim=_input_dim(one.name, stored)),
+        sides=Sides(stored=right, right=nearest, held=held, layout=layout, input_dim=_input_dim(one.name, stored)),
     )
 
 
-def _cast(right: torch.Tensor, dtype: torch.dtype, declared: str | None, input_dim: int) -> torch.Tensor:
+def _casts(right: torch.Tensor, dtype: torch.dtype, declared: str | None, input_dim: int) -> list[torch.Tensor]:
+    """What may be held: the declared cast; under a declared quantiser, which leaves out what it likes, also none."""
     import torch
 
     if declared is not None and declared in SCHEMES:
-        # The schemes leave vectors, embeddings and the head alone; whether a matrix is on the grid is asked beside it.
-        return right.to(dtype) if right.ndim != 2 else dequantised(right, declared, input_dim=input_dim).to(dtype)
-    if declared is not None and right.is_floating_point() and hasattr(torch, declared):
+        quantised = [dequantised(right, declared, input_dim=input_dim).to(dtype)] if right.ndim == 2 else []
+        return [right.to(dtype), *quantised]
+    if declared is not None and right.is_floating_point() and isinstance(getattr(torch, declared, None), torch.dtype):
         right = right.to(getattr(torch, declared))
-    return right.to(dtype)
+    return [right.to(dtype)]
 
 
 def _input_dim(name: str, stored: Stored) -> int:

@@ -146,8 +146,8 @@ def test_a_factor_is_seen_through_rounding(checkpoints, dtype: torch.dtype) -> N
     assert said[0].endswith("q_proj.weight: scaled by 1.2"), said
 
 
-def test_the_declared_quantiser_is_right_and_another_is_named(checkpoints) -> None:
-    """int8 weights declared as such have no clue; not declared they have one each."""
+def test_a_quantiser_that_is_not_declared_is_named(checkpoints) -> None:
+    """The line says its bits, and what shares a scale."""
     from harness.numerics.quantise import dequantised
 
     def quantised(model) -> None:
@@ -156,6 +156,20 @@ def test_the_declared_quantiser_is_right_and_another_is_named(checkpoints) -> No
     assert _said(checkpoints, "llama", quantised) == [
         "model.layers.1.self_attn.q_proj.weight: rounded to int8, one scale an output"
     ]
+
+
+def test_a_declared_quantiser_may_leave_tensors_out(checkpoints) -> None:
+    """A tensor is right on its grid or as it is stored, and a wrong one is held against the nearer."""
+    from harness.numerics.quantise import dequantised
+
+    directory, model = checkpoints["llama"]
+    live = copy.deepcopy(model).float()
+    with torch.no_grad():
+        _q(live).weight.copy_(dequantised(_q(live).weight, "int4", input_dim=1))
+        assert not clues.wrong(audit(directory, live, declared="int4"))
+        _q(live).weight[3] *= 1.5
+        said = [clue.line for clue in clues.wrong(audit(directory, live, declared="int4"))]
+    assert said == ["model.layers.1.self_attn.q_proj.weight: row 3 scaled by 1.5"]
 
 
 def test_the_key_bias_without_rope_is_a_note(checkpoints) -> None:
