@@ -226,7 +226,7 @@ class HFEngine(Engine):
         import torch
 
         wanted = "auto" if dtype is None else getattr(torch, dtype)
-        arguments: dict[str, Any] = {_dtype_key(): wanted, "use_safetensors": True, "output_loading_info": True}
+        arguments: dict[str, Any] = {dtype_key(): wanted, "use_safetensors": True, "output_loading_info": True}
         if self.options.attn is not None:
             arguments["attn_implementation"] = self.options.attn
         return arguments
@@ -538,7 +538,7 @@ def _closed(**_arguments: Any) -> Any:
 # --- transformers, old and new -----------------------------------------------------------------
 
 
-def _dtype_key() -> str:
+def dtype_key() -> str:
     """`dtype` since transformers 4.56, `torch_dtype` before."""
     import transformers
 

@@ -87,6 +87,10 @@ PAIR_FLOOR = 0.7
 #: Entries among which the logit-difference noise of a step is measured (numerics 2.6).
 PAIR_TOP = 5
 
+#: A failing case is shrunk only as long as its error is this many times its limit (or as many as it was before): what
+#: is written down is to fail on another machine too, and correct variants there spread over a factor of 2.5 (EFFECT).
+CLEAR = 3.0
+
 #: Multiple of a step's noise beyond which a step counts as decidable in tables about models, where
 #: no number of tokens is given: sqrt(2 ln(N / alpha)) at N = 3,072, alpha = 1e-3 (numerics 2.6).
 COVERAGE_C = 5.5
