@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.comparison.context import declared_precision
 from harness.engines import Engine
+from harness.engines.spec import parse_spec
 from harness.errors import EngineError
 from harness.flow.candidates import engine_of, name_of
 from harness.flow.checking import check
@@ -17,7 +18,7 @@ from harness.flow.running import silent
 from harness.repro.cases import Kind
 from harness.repro.finding import Found, smallest_failing
 from harness.repro.judging import Judge
-from harness.repro.recipes import Recipe, recipe_of, refusal
+from harness.repro.recipes import OF_RANKS, Recipe, recipe_of, refusal
 from harness.repro.roundoff import Ruler
 from harness.repro.writing import Written, must_be_ours, write
 from harness.values import Finding, Golden, Status, Verdict
@@ -84,6 +85,8 @@ def reproduce(
     kinds = _kinds(verdict)
     if isinstance(kinds, str):
         return Reproduction(reason=kinds)
+    if isinstance(candidate, str) and parse_spec(candidate).engine in ("tp", "pp"):
+        return Reproduction(reason=OF_RANKS)  # before its processes are started
     directory = reference_directory(golden, reference)
     if directory is None:
         return Reproduction(reason="the golden's model is not at hand: name it with --reference")

@@ -19,6 +19,10 @@ from harness.numerics import quantise
 _GIVEN = {"input_ids": "ids_BT", "position_ids": "position_BT", "attention_mask": "mask_BS", "cache": "cache"}
 
 
+#: Why no script is written for tensor or pipeline parallelism.
+OF_RANKS = "a candidate of several ranks needs their launcher: `harness check` names the rank that is wrong"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """The parts of a script that differ from candidate to candidate, as text where they are code.
@@ -91,7 +95,7 @@ def refusal(engine: Engine) -> str:
     if isinstance(inner, PortEngine):
         return ""
     if engine.settings.get("engine") in ("tp", "pp") or "tensor_parallel" in engine.settings:
-        return "a candidate of several ranks needs their launcher: `harness check` names the rank that is wrong"
+        return OF_RANKS
     return f"{engine.spec} is an engine of its own, which a script cannot make without this project"
 
 

@@ -168,7 +168,7 @@ def _context(
         "places": _python(list(judgement.places)),
         "limit": f"{judgement.limit:.6g}",
         "measured": f"{judgement.ratio:.6g}",
-        "limit_words": "measured on drawn variants of it, see repro.json",
+        "limit_words": "measured on its variants (repro.json)",
         "candidate": candidate,
         "golden": golden,
         "shows": _shows(found),
