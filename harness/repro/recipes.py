@@ -39,6 +39,7 @@ class Recipe:
         is_module: whether it has an evaluation mode.
         loading, rounded: arguments of `from_pretrained`; ``rounded`` of the weights that are rounded first, or "".
         new_cache: what makes an empty cache.
+        cache_length: how many tokens a static cache holds.
         takes_positions, takes_keep: whether the model's forward has these arguments.
         module, function, arguments, root: the port's builder, what it is called with, and where it is imported from.
         call: what the port is called with.
@@ -63,6 +64,7 @@ class Recipe:
     loading: str = ""
     rounded: str = ""
     new_cache: str = ""
+    cache_length: str = ""
     takes_positions: bool = False
     takes_keep: bool = False
     module: str = ""
@@ -145,6 +147,7 @@ def _of_model(engine: hf.HFEngine) -> dict[str, Any]:
         "compiled": options.compile,
         "loading": loaded if options.dtype or not options.weights else _loading("path", options.weights, **more),
         "rounded": _loading("path", options.weights, **more) if options.weights and options.dtype else "",
+        "cache_length": _cache_length() if options.static_cache else "",
         "new_cache": _static_cache() if options.static_cache else _dynamic_cache(),
         "takes_positions": "position_ids" in accepts,
         "takes_keep": "logits_to_keep" in accepts,
@@ -225,3 +228,10 @@ def _static_cache() -> str:
     wanted = {"max_batch_size": "rows", "device": "model.device", "dtype": "model.dtype"}
     more = "".join(f", {key}={value}" for key, value in wanted.items() if key in known)
     return f"StaticCache(config=model.config, max_cache_len=length{more})"
+
+
+def _cache_length() -> str:
+    """The method was renamed twice."""
+    from transformers import StaticCache
+
+    return f"cache.{'get_max_length' if hasattr(StaticCache, 'get_max_length') else 'get_max_cache_shape'}()"

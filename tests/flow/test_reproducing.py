@@ -101,6 +101,26 @@ def test_a_bug_of_decode_steps_in_a_port(golden, tmp_path, monkeypatch):
     assert fixed.returncode == 0, fixed.stdout
 
 
+def test_a_bug_of_a_second_request(golden, tmp_path, monkeypatch, unrun):
+    """The request before it is part of the case; the candidate is opened anew for each case, and so is the script's."""
+    wrong = "position_ids.numel() > 2 and len(seen) > 1"
+    counted = PORT.replace("decodes = cache is not None", "seen.extend([1] * (position_ids.numel() > 2))")
+    (tmp_path / "my_leaking_port.py").write_text(
+        counted.replace("decodes and WRONG", f"WRONG and {wrong}").replace(
+            "    def port(", "    seen = []\n\n    def port("
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    found = reproduce(golden, "py:my_leaking_port:build", tmp_path / "case")
+    assert found.found is not None, str(found)
+    assert [batch.tokens for batch in found.found.case.before] == [3]
+    assert found.found.case.batch.tokens == 3
+    script = scripted(tmp_path / "case")
+    assert "x the limit" in script.problem()
+    sys.modules["my_leaking_port"].WRONG = False
+    assert script.problem() == ""
+
+
 def test_other_weights_in_sixteen_bits_and_pieces(golden, tmp_path, unrun):
     """What a SPEC says is written out: the float32 copy, chunks, the kernel; right weights pass the same script."""
     wrong = scaled(golden, tmp_path / "wrong")
