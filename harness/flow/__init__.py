@@ -10,6 +10,7 @@ from harness.flow.gating import gate
 from harness.flow.matrix import Cell, cells, kept_ranks
 from harness.flow.recording import record, rerecord
 from harness.flow.references import reference_directory, reference_model
+from harness.flow.reproducing import reproduce
 from harness.flow.running import run
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "record",
     "reference_directory",
     "reference_model",
+    "reproduce",
     "rerecord",
     "run",
 ]

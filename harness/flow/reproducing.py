@@ -69,7 +69,7 @@ def reproduce(
         golden: a golden, or the directory of one.
         candidate: a SPEC, a transformers model, an nn.Module or a callable.
         out: a directory that is not there, or one that was written here before, which is replaced.
-        verdict: on the candidate; made here, of the quick runs, where it is None.
+        verdict: on the candidate; made here where it is None, of the quick runs where these fail.
         reference: directory of the golden's model, where it does not lie beside the golden.
         copy_model: put a copy of a small model into the directory.
         seconds: after which the best case so far is taken.
@@ -82,6 +82,8 @@ def reproduce(
     must_be_ours(out)
     if verdict is None:
         verdict = check(golden, candidate, reference=reference, quick=True, progress=progress)
+        if verdict.ok:
+            verdict = check(golden, candidate, reference=reference, progress=progress)
     kinds = _kinds(verdict)
     if isinstance(kinds, str):
         return Reproduction(reason=kinds)

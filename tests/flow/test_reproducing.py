@@ -192,6 +192,27 @@ def test_an_object_is_left_to_fill_in(golden, tmp_path):
     assert script.problem() == ""
 
 
+def test_what_cannot_be_widened_is_judged_in_its_own_precision(golden, tmp_path):
+    """A bare callable in bfloat16 is held against round-off in bfloat16, and so is the control."""
+
+    def port(shift):
+        model = harness.reference_model(golden, dtype=torch.bfloat16)
+
+        def run(input_ids, position_ids, attention_mask):
+            logits = model(input_ids, attention_mask=attention_mask, position_ids=position_ids).logits
+            return logits + shift * (torch.arange(logits.shape[-1]) == 5).to(logits.dtype)
+
+        return run
+
+    found = reproduce(golden, port(100), tmp_path / "case")
+    assert found.found is not None, str(found)
+    script = scripted(tmp_path / "case")
+    script.build = lambda: port(100)
+    assert "x the limit" in script.problem()
+    script.build = lambda: port(0)
+    assert script.problem() == ""
+
+
 def test_what_is_not_finite_and_what_raises(golden, tmp_path):
     """Other failures stay what they are."""
     model = harness.reference_model(golden, dtype=torch.float32)
