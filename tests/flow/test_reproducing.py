@@ -139,8 +139,9 @@ def test_other_weights_in_sixteen_bits_and_pieces(golden, tmp_path, unrun):
         script.problem()
 
 
-def test_static_cache_decode_steps(golden, tmp_path, unrun, monkeypatch):
-    """The loop with a static cache gives what the engine's gives: a right model passes in a case of decode steps."""
+@pytest.mark.parametrize("option", ["static_cache=true", "chunk=2", "weights=bfloat16"])
+def test_a_right_model_passes_as_it_is_asked_for(golden, tmp_path, unrun, option):
+    """Padded rows in one pass and in decode steps give in the script's own loops what is right."""
     from harness.engines import build_engine
     from harness.repro.cases import Batch, Case, Judgement, Row
     from harness.repro.finding import Found
@@ -149,7 +150,7 @@ def test_static_cache_decode_steps(golden, tmp_path, unrun, monkeypatch):
 
     rows = (Row(prompt=(7, 8, 9), fed=(10, 11)), Row(prompt=(12,), fed=(13, 14)))
     places = ((1, 3), (0, 5), (0, 3))
-    with build_engine("hf:dtype=float32,static_cache=true", model=str(model_of(golden))) as engine:
+    with build_engine(f"hf:dtype=float32,{option}", model=str(model_of(golden))) as engine:
         recipe = recipe_of(engine, widened=False, cast=None)
     ruler = Ruler(
         str(model_of(golden)), precision=golden.precision, dtype="float32", weights=None, vocabulary=golden.vocabulary
@@ -164,7 +165,10 @@ def test_static_cache_decode_steps(golden, tmp_path, unrun, monkeypatch):
     )  # fmt: skip
     write(tmp_path / "case", found, recipe, golden="g", candidate="c", reference=model_of(golden), copy_model=True)
     script = scripted(tmp_path / "case")
-    assert "StaticCache" in (tmp_path / "case/repro.py").read_text()
+    told = {"static_cache=true": "StaticCache(", "chunk=2": "range(0, length, 2)", "weights=bfloat16": "rounded ="}
+    assert told[option] in (tmp_path / "case/repro.py").read_text()
+    assert script.problem() == ""
+    script.run = lambda model: script.one_pass(model, script.ROWS)
     assert script.problem() == ""
     assert tmp_path / "case" in script.MODEL.parents  # the copy
     # The same directory may be written again; another's may not.
