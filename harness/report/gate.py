@@ -35,11 +35,17 @@ def gate_to_text(gate: Gate) -> str:
         lines += ["", *columns([_HEADINGS, *(_row(one) for one in gate.measures)])]
         chance = f"{100 * ERROR:g} %"
         lines += [
-            f"{gate.rounds} rounds, each of new processes on the same processors",
+            f"{_rounds(gate.measures)} rounds, each of new processes on the same processors",
             f"chance that what is beyond a limit passes, and that what is within all is refused: {chance} at most each",
         ]
         lines += _limits(gate)
     return legal("\n".join([*lines, f"gate: {conclusion(gate)}"]))
+
+
+def _rounds(measures: Sequence[Measure]) -> str:
+    """How many: of each measure, where one was decided before another."""
+    counts = sorted({one.rounds for one in measures})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _limits(gate: Gate) -> list[str]:
@@ -122,7 +128,7 @@ def gate_to_dict(gate: Gate) -> dict[str, Any]:
         "base_verdict": gate.base_verdict["data"],
         "verdict": gate.verdict["data"],
         "rounds": gate.rounds,
-        "confidence": 1 - ERROR,
+        "errors": {"passes_what_is_beyond": ERROR, "refuses_what_is_within": ERROR},
         "settings": {"base": dict(gate.settings[0]), "candidate": dict(gate.settings[1])},
         "machine": {
             name: None if one.machine is None else asdict(one.machine)
@@ -139,6 +145,7 @@ def _share_to_dict(limit: Limit | None, seconds: float) -> dict[str, Any] | None
 def _measure_to_dict(one: Measure) -> dict[str, Any]:
     return {
         "part": one.part,
+        "rounds": one.rounds,
         "batch": one.batch,
         "prompt": one.prompt,
         "base_seconds": one.base,

@@ -68,6 +68,7 @@ class Measure:
         ratio: candidate over base, with its interval.
         limit: the largest ratio that passes, None for none.
         outcome: what the interval decides.
+        rounds: behind it.
         base_memory: highest bytes in use, the median over the rounds; of prefill and decode together.
         candidate_memory: the same of the candidate.
         base_limit: the shortest time that the base could take here, None where it is not known.
@@ -82,6 +83,7 @@ class Measure:
     ratio: Interval
     limit: float | None
     outcome: Outcome
+    rounds: int
     base_memory: int
     candidate_memory: int
     base_limit: Limit | None = None
@@ -113,6 +115,7 @@ def _measure(rounds: Rounds, part: str, limits: Limits, errors: Mapping[str, flo
         ratio=ratio,
         limit=limit,
         outcome=_outcome(ratio, limit),
+        rounds=len(rounds.base),
         base_memory=round(statistics.median(one.memory for one in base)),
         candidate_memory=round(statistics.median(one.memory for one in candidate)),
     )

@@ -69,7 +69,10 @@ def checkout(revision: str, start: Path | None = None) -> Iterator[Checkout]:
         if not directory.is_dir():
             problem = f"{here.relative_to(root)} is no directory of the revision {revision!r}"
             raise UsageError(problem, fix="Start the command in a directory that both revisions have")
-        yield Checkout(revision=commit, directory=directory, path=moved(sys.path, root, target), root=root, copy=target)
+        # First where packages mostly lie: those that were installed to be edited may not be on the path at all.
+        first = [str(place) for place in (target, target / "src") if place.is_dir()]
+        path = tuple(dict.fromkeys([*first, *moved(sys.path, root, target)]))
+        yield Checkout(revision=commit, directory=directory, path=path, root=root, copy=target)
 
 
 def moved(path: Sequence[str], root: Path, target: Path) -> tuple[str, ...]:

@@ -92,9 +92,12 @@ class Sampler:
 
     def _start(self, number: int) -> None:
         drawn = processors.drawn(self._counts, number)
-        self._sides[0].exchange(self._sides[1])
+        # What makes one side's processes unlike the other's for all rounds would count as the candidate's.
+        whole = any(side.apart for side in self._sides)
+        if not whole:
+            self._sides[0].exchange(self._sides[1])
         for side in self._sides:
-            side.restart()
+            side.restart(whole=whole)
         for side in self._sides:
             side.open(drawn)
 

@@ -19,7 +19,8 @@ from harness.errors import EngineError
 from harness.speed import processors
 
 #: What every engine needs; a round need not wait for it.
-_LIBRARIES = ("torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "harness.engines")
+LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "harness")
+_PARTS = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "harness.engines")
 
 
 class Server:
@@ -34,7 +35,7 @@ class Server:
     @staticmethod
     def prepare() -> None:
         """What is done once for all lives of the process: nothing that starts a thread, which no fork would have."""
-        for name in _LIBRARIES:
+        for name in (*LIBRARIES, *_PARTS):
             importlib.import_module(name)
 
     def __init__(self, rank: int, store: Callable[..., Any], pulse: Callable[[str], None]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +15,7 @@ from harness.errors import EngineError
 from harness.speed.clock import Sample
 from harness.speed.revisions import Checkout
 from harness.speed.roofline import Roofline, roofline_of
+from harness.speed.serving import LIBRARIES
 from harness.speed.shapes import Shape
 
 
@@ -44,12 +47,12 @@ class Side:
         self._placed = False
 
     @property
-    def _apart(self) -> bool:
-        """Whether its process runs other code of this project, from its first line on."""
-        return self._checkout is not None and self._checkout.holds(Path(__file__))
+    def apart(self) -> bool:
+        """Whether its revision has libraries of its own, so that its process must be another one from its start."""
+        return self._checkout is not None and any(self._checkout.holds(file) for file in _library_files())
 
     def __enter__(self) -> Self:
-        apart = self._checkout if self._apart else None
+        apart = self._checkout if self.apart else None
         self._team = SpawnedTeam(
             1,
             device="any",
@@ -73,30 +76,28 @@ class Side:
             self._team.close()
             self._team = None
 
-    def restart(self) -> None:
-        """A new process takes the place of its own."""
+    def restart(self, *, whole: bool = False) -> None:
+        """A new process takes the place of its own: a fork where that can be, unless ``whole``."""
         assert self._team is not None, "it is used inside its with block"
-        if self._team.renews and not self._apart:
+        if self._team.renews and not whole:
             self._call(RENEW, loading=True)
             self._placed = False
         else:
-            # Gone, or of another version: that has addresses of its own, which a fork would keep.
             self.__exit__(None, None, None)
             self.__enter__()
 
     def exchange(self, other: Side) -> None:
-        """Take the other side's process for this one's, where either could run both; for `restart` to follow.
+        """Take the other side's process for this one's, which neither is apart from; for `restart` to follow.
 
         Forks of one process have the addresses of its libraries, which make them faster or slower than those of
         another. Where sides take turns at the two, that is nobody's.
         """
-        if not self._apart and not other._apart:
-            self._team, other._team = other._team, self._team
-            self._claim()
-            other._claim()
+        self._team, other._team = other._team, self._team
+        self._claim()
+        other._claim()
 
     def _ask(self, request: str, *arguments: Any, loading: bool = False) -> Any:
-        if self._checkout is not None and not self._apart and not self._placed:
+        if self._checkout is not None and not self._placed and not self.apart:
             self._call("place", self._checkout.path, str(self._checkout.directory))
             self._placed = True
         return self._call(request, *arguments, loading=loading)
@@ -134,3 +135,10 @@ class Side:
     def measure(self, kind: str, work: Any) -> Any:
         """One measurement of speed/kinds on the engine that is open."""
         return self._ask("measure", kind, work)
+
+
+@cache
+def _library_files() -> tuple[Path, ...]:
+    """Where the libraries lie that a worker imports before it is told whose code it is to run."""
+    specs = (importlib.util.find_spec(name) for name in LIBRARIES)
+    return tuple(Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None)

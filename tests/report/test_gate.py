@@ -20,6 +20,7 @@ MEASURE = Measure(
     ratio=Interval(low=1.2, middle=1.25, high=1.3),
     limit=1.05,
     outcome=Outcome.BEYOND,
+    rounds=24,
     base_memory=2**20,
     candidate_memory=3 * 2**20,
 )

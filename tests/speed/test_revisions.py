@@ -59,6 +59,12 @@ def test_modules_of_the_repository_come_from_the_revision(repository, monkeypatc
         assert os.path.dirname(os.__file__) in found.path
 
 
+def test_packages_that_are_not_on_the_path_come_from_the_revision(repository):
+    """Installed to be edited, a package may be found by a hook alone, which comes after the path."""
+    with checkout("HEAD~1", repository / "src") as found:
+        assert found.path[:2] == (str(found.copy), str(found.copy / "src"))
+
+
 def test_a_file_is_held_where_the_revision_has_its_own(repository, tmp_path):
     """Neither one that git does not track, such as an environment's, nor one outside of the repository."""
     with checkout("HEAD~1") as found:

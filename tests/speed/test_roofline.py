@@ -120,7 +120,7 @@ def test_measures_get_the_limits_of_their_own_shape():
     other = replace(limit, seconds=2.0)
     measure = Measure(
         part="decode", batch=8, prompt=128, base=4.0, candidate=5.0, ratio=Interval(low=1, middle=1, high=1),
-        limit=None, outcome=Outcome.SHOWN, base_memory=0, candidate_memory=0,
+        limit=None, outcome=Outcome.SHOWN, rounds=8, base_memory=0, candidate_memory=0,
     )  # fmt: skip
     sides = [Roofline(limits={("decode", 8, 128): limit}), Roofline(limits={("decode", 8, 128): other})]
     found, missing = judging.limited([measure, replace(measure, batch=1)], *sides)

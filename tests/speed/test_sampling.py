@@ -14,11 +14,13 @@ class Side:
     def __init__(self, name, log, prefill):
         self._name, self._log, self._prefill = name, log, prefill
 
+    apart = False
+
     def exchange(self, other):
         self._log.append((self._name, "exchange"))
 
-    def restart(self):
-        self._log.append((self._name, "restart"))
+    def restart(self, *, whole=False):
+        self._log.append((self._name, "anew" if whole else "restart"))
 
     def open(self, processors=None):
         self._log.append((self._name, "open", processors))
@@ -63,6 +65,14 @@ def test_each_round_is_of_new_processes():
     assert log[before : before + 5] == start
     assert log[before + 5][:2] == ("A", 1)
     assert log[before + 9][:2] == ("B", 1)
+
+
+def test_where_one_side_needs_a_process_of_its_own_both_have_new_ones():
+    """A fork beside a whole new process would have the same addresses in all rounds, and the other never."""
+    found, log = sampler()
+    found._sides[0].apart = True
+    found.extend(1, SHAPES)
+    assert [one[:2] for one in log[:4]] == [("A", "anew"), ("B", "anew"), ("A", "open"), ("B", "open")]
 
 
 def test_both_sides_of_a_round_run_on_the_same_processors(monkeypatch):

@@ -40,7 +40,7 @@ def test_sides_exchange_processes_and_keep_their_own_code(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     one, other = (
-        Checkout(revision="", directory=home, path=(str(home), *sys.path), root=tmp_path, copy=home)
+        Checkout(revision="", directory=home, path=(str(home), *sys.path), root=Path("/nowhere"), copy=home)
         for home in (tmp_path / "one", tmp_path / "other")
     )
     with side(one) as first, side(other) as second:
@@ -60,17 +60,25 @@ def test_sides_exchange_processes_and_keep_their_own_code(tmp_path):
         assert len({found[0] for found in (*before, *after, where(first), where(second))}) == 6
 
 
+@pytest.mark.parametrize("library", ["harness/__init__.py", "transformers/__init__.py"])
 @pytest.mark.usefixtures("telling")
-def test_other_code_of_this_project_has_a_process_of_its_own(tmp_path):
-    """It starts in the revision, is exchanged with nobody, and anew as a whole process."""
-    here = Path(__file__).parents[2]
-    (tmp_path / "harness/speed").mkdir(parents=True)
-    (tmp_path / "harness/speed/sides.py").touch()
-    # What runs is this code: only that it is not taken for the base's is tested.
-    theirs = Checkout(revision="", directory=here, path=tuple(sys.path), root=here, copy=tmp_path)
-    with side() as first, side(theirs) as second:
-        parents = [Side._call(each, "parent") for each in (first, second)]
-        first.exchange(second)
-        assert [Side._call(each, "parent") for each in (first, second)] == parents
-        second.restart()
-        assert Side._call(second, "parent") not in (*parents, os.getpid())
+def test_a_revision_with_libraries_of_its_own_has_a_process_of_its_own(tmp_path, monkeypatch, library):
+    """What a fork brings along would be the candidate's; it starts in the revision, and anew as a whole process."""
+    from harness.speed import sides
+
+    here, package = Path(__file__).parents[2], tmp_path / "repository" / library
+    monkeypatch.setattr(sides, "_library_files", lambda: (package,))
+    theirs = Checkout(revision="", directory=here, path=tuple(sys.path), root=package.parents[1], copy=tmp_path)
+    with side(theirs) as found:
+        assert not found.apart, "the revision does not have it"
+    (tmp_path / library).parent.mkdir(parents=True)
+    (tmp_path / library).touch()
+    with side(theirs) as found:
+        assert found.apart
+        parents = [Side._call(found, "parent")]
+        found.restart()
+        parents.append(Side._call(found, "parent"))
+        found.restart(whole=True)
+        parents.append(Side._call(found, "parent"))
+    assert parents[0] == parents[1] != parents[2]
+    assert os.getpid() not in parents

@@ -60,7 +60,7 @@ def _follow(child: int, lifeline: int) -> None:
 
 def _ended(child: int, lifeline: int) -> int:
     """Its exit code, negative for a signal; it is killed when the lifeline ends."""
-    watched = os.pidfd_open(child) if hasattr(os, "pidfd_open") else None
+    watched = _watched(child)
     try:
         while True:
             files = [lifeline] if watched is None else [lifeline, watched]
@@ -75,6 +75,14 @@ def _ended(child: int, lifeline: int) -> int:
     finally:
         if watched is not None:
             os.close(watched)
+
+
+def _watched(child: int) -> int | None:
+    """A file that can be read from when it has ended; None where the system has none, or refuses it."""
+    try:
+        return os.pidfd_open(child)
+    except (AttributeError, OSError):
+        return None
 
 
 def _send(child: int, number: int) -> None:

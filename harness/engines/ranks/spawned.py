@@ -427,8 +427,12 @@ def _threads(threads: int | None, size: int) -> int:
 
 
 def _is_stopped(rank: _Rank) -> bool:
-    """Whether its process is stopped, by a signal or by a debugger; false where the system does not tell."""
-    return _stat(rank.process.pid)[0] in ("T", "t")
+    """Whether its process is stopped, by a signal or by a debugger; false where the system does not tell.
+
+    Or the one that it lives in, where it can start anew.
+    """
+    pids = [rank.process.pid, *(_children(rank.process.pid) if rank.renews else [])]
+    return any(_stat(pid)[0] in ("T", "t") for pid in pids)
 
 
 def _effort(pid: int) -> float:
@@ -436,10 +440,14 @@ def _effort(pid: int) -> float:
 
     0.0 where the system does not tell.
     """
-    children: list[str] = []
+    return sum(_own_effort(one) for one in (pid, *_children(pid)))
+
+
+def _children(pid: int) -> list[int]:
+    """Its children by their ids: a worker that can start anew lives in one. None where the system does not tell."""
     with contextlib.suppress(OSError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    return _own_effort(pid) + sum(_own_effort(int(child)) for child in children)
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return []
 
 
 def _own_effort(pid: int) -> float:

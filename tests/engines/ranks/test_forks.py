@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.engines.ranks import spawned
+from harness.engines.ranks import forks, spawned
 from harness.engines.ranks.worker import RENEW
 from harness.errors import EngineError
 from tests.engines.ranks.leftovers import WatchedTeam, everything_gone
@@ -75,6 +75,30 @@ def test_a_life_that_hangs_is_told_from_its_own_stack(team):
     with pytest.raises(EngineError) as caught:
         team.call("sleep", 0, world=1)
     assert "in sleep" in caught.value.details
+
+
+def test_a_life_that_is_stopped_is_told_as_a_worker_that_is(team):
+    """Not as one that computes and gets nowhere."""
+    with pytest.raises(EngineError, match=r"is stopped \(SIGSTOP\)"):
+        team.call("stop", 0, world=1)
+
+
+def test_where_the_system_refuses_a_file_for_a_process_lives_follow_each_other_too(monkeypatch):
+    """An old kernel, or a sandbox, has no pidfd_open: the keeper looks from time to time."""
+    monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+    assert forks._watched(os.getpid()) is None
+    child = os.fork()
+    if not child:
+        os._exit(forks.RENEWED)
+    reading, writing = os.pipe()
+    assert forks._ended(child, reading) == forks.RENEWED
+    os.close(reading)
+    os.close(writing)
+
+
+def refuse(_pid):
+    """As a kernel without the call."""
+    raise OSError(38, "Function not implemented")
 
 
 def test_a_life_ends_with_the_worker_and_with_its_parent(team):
