@@ -378,9 +378,22 @@ def _end(rank: _Rank, end: float) -> None:
     # One that waits in the kernel, for a disk that does not answer, ends when that does.
     with contextlib.suppress(subprocess.TimeoutExpired):
         rank.process.wait(10 * _GRACE)
+    # A life of it is no child of this process: it can only be seen to be gone.
+    end = time.monotonic() + _MOMENT
+    while rank.renews and time.monotonic() < end and _is_left(rank.process.pid):
+        time.sleep(0.005)
     rank.wire.close()
     with contextlib.suppress(OSError):
         os.close(rank.lifeline)
+
+
+def _is_left(group: int) -> bool:
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def _stacks(ranks: Sequence[_Rank]) -> dict[int, str]:
