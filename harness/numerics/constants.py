@@ -76,6 +76,16 @@ SPREADS: Mapping[str, Mapping[str, tuple[float, str, float]]] = {
 #: from 492 on (`ok-key-bias` in float16 on `core`).
 SPREAD_DEFAULT = 0.16
 
+#: The same for the tensors of single modules under isolated replay (numerics 2.8).
+MODULE_SPREADS: Mapping[str, Mapping[str, float]] = {}
+
+#: Degrees of freedom behind it: 13 families beside the plain one on 4 hosts.
+MODULE_DEGREES = 39.0
+
+#: Variants of the reference that are replayed: twelve independent ones are asked for (numerics 2.3), of 16 that were
+#: drawn 14.8 were.
+MODULE_REPLICAS = 16
+
 #: A row's round-off is at least this share of the median row's (numerics 2.2): with K replicas a
 #: row can come out near zero by chance, which would turn harmless noise there into an outlier.
 SIGMA_FLOOR = 0.2

@@ -1,0 +1,66 @@
+"""Which module of a candidate stands for which of the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+#: How outputs of several of the reference's modules lie in one of the candidate's: one behind the other, or head by
+#: head.
+Join = Literal["concat", "heads"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mapped:
+    """One module of a candidate.
+
+    Attributes:
+        reference: the names of the reference's modules that it does the work of; several for a fused one.
+        candidate: its own name.
+        join: how the outputs of several lie in its own.
+        heads: groups of ``join="heads"``.
+        inputs: whether what it is given is what the reference's is given; not where a norm before it was merged into it.
+        output: whether what it returns is.
+        first_input: its first hidden state stands for the first of the reference's, whatever the two are called.
+    """
+
+    reference: tuple[str, ...]
+    candidate: str
+    join: Join = "concat"
+    heads: int = 1
+    inputs: bool = True
+    output: bool = True
+    first_input: bool = False
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The outputs of the reference's modules as this one's, [..., W1 + W2 + ...]."""
+        import torch
+
+        if self.join == "concat":
+            return torch.cat(list(parts), dim=-1)
+        grouped = [part.unflatten(-1, (self.heads, -1)) for part in parts]
+        return torch.cat(grouped, dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """How the modules of a live candidate are reached.
+
+    Attributes:
+        owner: the live model or port.
+        modules: those that stand for the reference's.
+        attach: hooks one of them where it is no nn.Module; None for modules.
+    """
+
+    owner: Any
+    modules: tuple[Mapped, ...]
+    attach: Callable[..., Any] | None = None
+
+
+def same_names(model: Any, names: Sequence[str]) -> Route:
+    """The route into a model of the reference's own class."""
+    return Route(owner=model, modules=tuple(Mapped(reference=(name,), candidate=name) for name in names))
