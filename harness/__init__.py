@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.flow import check, compare, record, reference_model, run
+    from harness.flow import check, compare, locate, record, reference_model, run
+    from harness.locate.where import Where
     from harness.store import read_golden as load_golden
     from harness.suites import load_suite
     from harness.traces import load_trace
@@ -21,11 +22,13 @@ __all__ = [
     "Suite",
     "Trace",
     "Verdict",
+    "Where",
     "check",
     "compare",
     "load_golden",
     "load_suite",
     "load_trace",
+    "locate",
     "record",
     "reference_model",
     "run",
@@ -38,9 +41,11 @@ _HOMES = {
     "load_golden": ("harness.store", "read_golden"),
     "load_suite": ("harness.suites", "load_suite"),
     "load_trace": ("harness.traces", "load_trace"),
+    "locate": ("harness.flow", "locate"),
     "record": ("harness.flow", "record"),
     "reference_model": ("harness.flow", "reference_model"),
     "run": ("harness.flow", "run"),
+    "Where": ("harness.locate.where", "Where"),
     **{
         name: ("harness.values", name)
         for name in ("Changes", "Finding", "Golden", "Power", "Status", "Suite", "Trace", "Verdict")

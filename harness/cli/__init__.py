@@ -15,6 +15,7 @@ from harness.cli.convert import convert
 from harness.cli.doctor import doctor
 from harness.cli.gate import gate
 from harness.cli.goldens import compare, lint
+from harness.cli.locate import locate
 from harness.cli.models import models
 from harness.cli.power import power
 from harness.cli.records import record
@@ -88,5 +89,5 @@ def cli() -> None:
     """
 
 
-for command in (check, record, run, compare, gate, bench, lint, power, models, convert, doctor, schema):
+for command in (check, locate, record, run, compare, gate, bench, lint, power, models, convert, doctor, schema):
     cli.add_command(command)

@@ -280,5 +280,5 @@ def finding_of(context: Context, one: Statistic) -> Finding | None:
         measured=measured,
         allowed=allowed,
         why=one.why,
-        fix="Compare module by module, first in float32" if failed else "",
+        fix="Run `harness locate` on it: it compares module by module, first in float32" if failed else "",
     )

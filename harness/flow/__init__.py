@@ -1,4 +1,4 @@
-"""record, run, check, compare, gate, bench: the only place where engines, goldens, comparison and verdict are wired."""
+"""record, run, check, compare, locate, gate, bench: the only place where engines, goldens and verdicts are wired."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from harness.flow.candidates import candidates, check_all
 from harness.flow.checking import check
 from harness.flow.comparing import compare
 from harness.flow.gating import gate
+from harness.flow.locating import locate
 from harness.flow.matrix import Cell, cells, kept_ranks
 from harness.flow.recording import record, rerecord
 from harness.flow.references import reference_directory, reference_model
@@ -23,6 +24,7 @@ __all__ = [
     "compare",
     "gate",
     "kept_ranks",
+    "locate",
     "record",
     "reference_directory",
     "reference_model",

@@ -23,7 +23,7 @@ class Mapped:
         candidate: its own name.
         join: how the outputs of several lie in its own.
         heads: groups of ``join="heads"``.
-        inputs: whether what it is given is what the reference's is given; not where a norm before it was merged into it.
+        inputs: whether what it is given is what the reference's is given; not where a norm was merged into it.
         output: whether what it returns is.
         first_input: its first hidden state stands for the first of the reference's, whatever the two are called.
     """

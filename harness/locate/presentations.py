@@ -44,28 +44,51 @@ class Presentation:
         return len({len(one.prompt_ids) for one in self.requests}) > 1
 
 
-def presentations(golden: Golden, config: Any) -> tuple[Presentation, ...]:
-    """What a replay runs, on the golden's own tokens.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Driven:
+    """How a candidate's loop cuts what it is given, so that the reference's is cut alike.
+
+    Attributes:
+        batch: rows of a batch, None for all of a presentation.
+        chunk: tokens of each piece of a prompt, None for prompts in one piece.
+    """
+
+    batch: int | None = None
+    chunk: int | None = None
+
+
+def driven_as(engine: Any) -> Driven:
+    """How an engine drives its model: as its options say, row by row where it could not tell padding from tokens."""
+    batch = getattr(engine.options, "batch", None)
+    return Driven(batch=batch if "batch" in engine.capabilities else 1, chunk=getattr(engine.options, "chunk", None))
+
+
+def presentations(texts: Sequence[Sequence[int]], config: Any) -> tuple[Presentation, ...]:
+    """What a replay runs.
 
     Args:
-        golden: whose prompts and continuations are cut and joined to the lengths that are asked.
+        texts: token ids of some texts, which are cut and joined to the lengths that are asked.
         config: of the model: its sliding window, its original context and its longest one.
     """
-    lines = [(*one.prompt_ids, *tokens) for one, tokens in zip(golden.requests, golden.continuations, strict=True)]
-    lines.sort(key=len, reverse=True)
+    lines = sorted(texts, key=len, reverse=True)
     long = _length_of_longest(config, max(map(len, lines)))
     # The longest lines first: what is short is made of as few as can be.
-    texts = [_cut(lines[index % len(lines) :] + lines[: index % len(lines)], long + _STEPS) for index in range(5)]
+    cut = [_cut(lines[index % len(lines) :] + lines[: index % len(lines)], long + _STEPS) for index in range(5)]
     short = min(_ALONE, long)
     mixed = [length for length in (_BLOCK - 1, 2 * _BLOCK - 1, 5, 3 * _BLOCK) if length < long] or [1, long]
-    alone = _presented("one prompt", [texts[0]], [short])
+    alone = _presented("one prompt", [cut[0]], [short])
     return (
         alone,
-        _presented("one token", [texts[1]], [1]),
-        _presented("a padded batch", texts[: len(mixed)], mixed),
-        _presented("a long prompt", [texts[4]], [long]),
-        _presented("one prompt, a second time", [texts[0]], [short]),
+        _presented("one token", [cut[1]], [1]),
+        _presented("a padded batch", cut[: len(mixed)], mixed),
+        _presented("a long prompt", [cut[4]], [long]),
+        _presented("one prompt, a second time", [cut[0]], [short]),
     )
+
+
+def texts_of(golden: Golden) -> list[tuple[int, ...]]:
+    """The golden's prompts, each with its continuation."""
+    return [(*one.prompt_ids, *tokens) for one, tokens in zip(golden.requests, golden.continuations, strict=True)]
 
 
 def _length_of_longest(config: Any, shown: int) -> int:
@@ -77,14 +100,11 @@ def _length_of_longest(config: Any, shown: int) -> int:
         edges.append(getattr(text, "max_position_embeddings", None))
     edges = [edge for edge in edges if isinstance(edge, int) and 0 < edge <= _FAR]
     wanted = max([min(_LONGEST, shown), *(edge + _BLOCK // 2 for edge in edges)])
-    context = next((getattr(text, key) for key in ("max_position_embeddings", "n_positions") if _is_length(text, key)), None)
-    if context is None or rope.get("rope_type") == "dynamic":
-        return wanted
-    return max(2, min(wanted, context - _STEPS - 1))
-
-
-def _is_length(config: Any, key: str) -> bool:
-    return isinstance(getattr(config, key, None), int) and getattr(config, key) > 0
+    lengths = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions")]
+    context = [length for length in lengths if isinstance(length, int) and length > 0]
+    if not context or rope.get("rope_type") == "dynamic":
+        return int(wanted)
+    return max(2, min(int(wanted), context[0] - _STEPS - 1))
 
 
 def _cut(lines: Sequence[Sequence[int]], length: int) -> tuple[int, ...]:
@@ -98,7 +118,5 @@ def _presented(name: str, texts: Sequence[Sequence[int]], lengths: Sequence[int]
             Request(id=f"{name} {row}", prompt_ids=tuple(text[:length]), max_new_tokens=_STEPS)
             for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
         ),
-        continuations=tuple(
-            tuple(text[length : length + _STEPS]) for text, length in zip(texts, lengths, strict=True)
-        ),
+        continuations=tuple(tuple(text[length : length + _STEPS]) for text, length in zip(texts, lengths, strict=True)),
     )

@@ -29,7 +29,7 @@ from harness.engines.base import Engine
 from harness.engines.ranks.probes import Unheard
 from harness.errors import EngineError
 from harness.locate.maps import Mapped, Route
-from harness.locate.presentations import Presentation
+from harness.locate.presentations import Driven, Presentation
 
 #: What of a module is looked at: its result; a hidden state that it is given, which the code before it made; another
 #: argument; what the KV cache holds of it.
@@ -144,7 +144,9 @@ class Replay:
 # --- driving -----------------------------------------------------------------------------------
 
 
-def record(engine: Any, asked: Sequence[Presentation], names: Sequence[str], dtype: torch.dtype) -> Recording:
+def record(
+    engine: Any, asked: Sequence[Presentation], names: Sequence[str], dtype: torch.dtype, driven: Driven
+) -> Recording:
     """Run the reference, rounding what goes from module to module to ``dtype``.
 
     Args:
@@ -152,14 +154,15 @@ def record(engine: Any, asked: Sequence[Presentation], names: Sequence[str], dty
         asked: what it runs.
         names: modules to look at.
         dtype: the precision that is asked about.
+        driven: as the candidate is.
     """
     found = Recording(dtype=dtype)
     hooks = _Recorder(found)
-    _run(engine, asked, engine.model, [Mapped(reference=(name,), candidate=name) for name in names], hooks)
+    _run(engine, asked, driven, engine.model, [Mapped(reference=(name,), candidate=name) for name in names], hooks)
     return found
 
 
-def replay(engine: Engine, route: Route, asked: Sequence[Presentation], recording: Recording) -> Replay:
+def replay(engine: Engine, route: Route, asked: Sequence[Presentation], recording: Recording, driven: Driven) -> Replay:
     """Run a candidate with the reference's values in the place of its own, and take the differences.
 
     Args:
@@ -167,25 +170,24 @@ def replay(engine: Engine, route: Route, asked: Sequence[Presentation], recordin
         route: how its modules are called, see harness/locate/maps.py.
         asked: what the reference ran.
         recording: of the reference, in the candidate's precision.
+        driven: as the candidate is.
     """
     found = Replay()
     hooks = _Forcer(found, recording)
-    _run(engine, asked, route.owner, route.modules, hooks, attach=route.attach)
+    _run(engine, asked, driven, route.owner, route.modules, hooks, attach=route.attach)
     return found
 
 
 def _run(
     engine: Any,
     asked: Sequence[Presentation],
+    driven: Driven,
     owner: Any,
     modules: Sequence[Mapped],
     hooks: _Hooks,
     attach: Callable[[Any, Mapped, _Hooks], Any] | None = None,
 ) -> None:
     decoder = engine.decoder
-    options = engine.options
-    batched = "batch" in engine.capabilities or not hasattr(options, "target")
-    size = options.batch if batched else 1
     with ExitStack() as stack:
         for group in _by_module(owner, modules, attach):
             stack.enter_context(group(hooks))
@@ -195,9 +197,9 @@ def _run(
                 replace(decoder, step=hooks.stepping(decoder.step)),
                 one.requests,
                 one.continuations,
-                batch_size=size,
+                batch_size=driven.batch,
                 sketcher=Unheard(1),
-                chunk=getattr(options, "chunk", None),
+                chunk=driven.chunk,
             )
 
 
@@ -426,9 +428,7 @@ class _Forcer(_Hooks):
         return torch.cat([tensor[:, : tensor.shape[1] - right.shape[1]], value], dim=1)
 
     def _right(self, one: Mapped, place: Place, call: int) -> torch.Tensor | None:
-        parts = [
-            self._recording.values.get((self.number, replace(place, module=name), call)) for name in one.reference
-        ]
+        parts = [self._recording.values.get((self.number, replace(place, module=name), call)) for name in one.reference]
         if len(parts) == 1 or place.side == "input":
             return parts[0]
         if any(part is None for part in parts):
@@ -460,10 +460,10 @@ class _Forcer(_Hooks):
             self._found.strange.setdefault(place, f"its shape is {list(tensor.shape)}, not {list(right.shape)}")
             return
         real = self.now.real_BT
-        if unlike.ndim == 4 and unlike.shape[2] == real.shape[1]:  # noqa: PLR2004  # [B, heads, T, S]
+        if unlike.ndim == 4 and unlike.shape[2] == real.shape[1]:  # [B, heads, T, S]
             seen_BS = self.now.seen_BS
             unlike = unlike & real[:, None, :, None] & _columns(seen_BS, unlike.shape[-1])
-        elif unlike.ndim == 2 and unlike.shape[-1] == real.shape[1]:  # noqa: PLR2004  # [B, T]
+        elif unlike.ndim == 2 and unlike.shape[-1] == real.shape[1]:  # [B, T]
             unlike = unlike & real
         if wrong := int(unlike.sum()):
             self._found.unlike.setdefault(place, []).append((self.number, wrong, unlike.numel()))
@@ -546,7 +546,7 @@ def results_of(output: Any) -> list[torch.Tensor]:
         return [output]
     values = list(output.values()) if hasattr(output, "values") else list(output) if isinstance(output, tuple) else []
     tensors = [one for one in values if isinstance(one, torch.Tensor)]
-    if len(tensors) > 1 and len(tensors) == len(values) == 2 and tensors[0].shape == tensors[1].shape:  # noqa: PLR2004
+    if len(tensors) > 1 and len(tensors) == len(values) == 2 and tensors[0].shape == tensors[1].shape:
         return tensors
     return tensors[:1]
 
@@ -564,7 +564,7 @@ def with_result(output: Any, value: torch.Tensor) -> Any:
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
-    """Keys and values by layer, of a transformers cache or of nested tuples and lists of tensors; [] of anything else."""
+    """Keys and values by layer, of a transformers cache or of nested tuples and lists; [] of anything else."""
     cache = getattr(cache, "held", cache)
     layers = getattr(cache, "layers", None)
     if layers is not None:
@@ -633,4 +633,5 @@ def rows_of(
         return (kept if kept.ndim == _HIDDEN_AXES - 1 else kept.flatten(1)), (now.row_N, now.position_N)
     if tensor.ndim == _HIDDEN_AXES and tuple(tensor.shape[:2]) == (rows, 1):
         return tensor[:, 0], (np.arange(rows), now.positions_BT[:, -1].numpy())
-    return tensor.reshape(-1, tensor.shape[-1]), None
+    # ALiBi and the like are as long as the keys, which are more in each pass: every entry is a row.
+    return tensor.reshape(-1, 1), None

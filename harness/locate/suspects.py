@@ -114,7 +114,11 @@ def _culprit(
         parent = first.module.rpartition(".")[0]
         if first.module in blocks or (base and parent == base):
             return base, f"what goes into {first.module}, though what the modules before it return is right", False
-        return parent, f"what goes into {first.module.rpartition('.')[2]}, though what the modules before it return is right", False
+        return (
+            parent,
+            f"what goes into {first.module.rpartition('.')[2]}, though what the modules before it return is right",
+            False,
+        )
     given = [one for one in by.recording.fed.get(first.module, ()) if one in raised or one in found.unlike]
     if given:
         source = min(_chain(given, found, by, raised), key=by.recording.places.__getitem__)
@@ -133,7 +137,9 @@ def _chain(given: Sequence[Place], found: Replay, by: Yardstick, raised: set[Pla
     sources = list(given)
     for one in given:
         if one.side == "output":
-            sources += [other for other in by.recording.fed.get(one.module, ()) if other in found.unlike or other in raised]
+            sources += [
+                other for other in by.recording.fed.get(one.module, ()) if other in found.unlike or other in raised
+            ]
         elif "mask" in one.key or "alibi" in one.key:
             sources += [other for other in found.unlike if "mask" in other.key]
     return sources
@@ -162,7 +168,7 @@ def _modules(hidden: Sequence[Alarm], by: Yardstick, blocks: Sequence[str]) -> l
 
 def _scope(wrong: Sequence[str], blocks: Sequence[str]) -> Scope:
     kinds = {kind_of(one) for one in wrong}
-    if len(wrong) == 1 or len({_block(one, blocks) for one in wrong} - {""}) == 1 and len(kinds) == 1:
+    if len(wrong) == 1 or (len({_block(one, blocks) for one in wrong} - {""}) == 1 and len(kinds) == 1):
         return "local"
     per_kind = {kind: {_block(one, blocks) for one in wrong if kind_of(one) == kind} for kind in kinds}
     everywhere = [kind for kind, where in per_kind.items() if len(where) == len(blocks) > 1]
@@ -191,7 +197,13 @@ def conditions(place: Place, found: Replay, by: Yardstick, raised: Sequence[Alar
     worst = exponential(names[1].failing[1])
     bad = row_ratios(shown, limits.scale) > worst
     if bad.any() and not bad.all() and (shown.positions_N >= 0).all():
-        said += _by_row(bad, shown.positions_N, shown.batch_row_N, shown.unit_N, [by.presentations[u.presentation].padded for u in shown.units])
+        said += _by_row(
+            bad,
+            shown.positions_N,
+            shown.batch_row_N,
+            shown.unit_N,
+            [by.presentations[u.presentation].padded for u in shown.units],
+        )
     return tuple(said)
 
 
@@ -216,7 +228,9 @@ def _by_unit(wrong: set[Unit], right: set[Unit], by: Yardstick) -> list[str]:
     return said
 
 
-def _by_row(bad: np.ndarray, position: np.ndarray, row: np.ndarray, unit: np.ndarray, padded: Sequence[bool]) -> list[str]:
+def _by_row(
+    bad: np.ndarray, position: np.ndarray, row: np.ndarray, unit: np.ndarray, padded: Sequence[bool]
+) -> list[str]:
     said = []
     start = int(position[bad].min())
     later = position >= start
@@ -269,5 +283,12 @@ def _unequal(place: Place, found: Replay, by: Yardstick) -> Evidence:
 
 def _unfit(place: Place, reason: str) -> Named:
     return Named(
-        module=place.module, part=reason, scope="local", place=place, conditions=(), others=(), evidence=(), inside=False
-    )  # fmt: skip
+        module=place.module,
+        part=reason,
+        scope="local",
+        place=place,
+        conditions=(),
+        others=(),
+        evidence=(),
+        inside=False,
+    )

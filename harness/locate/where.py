@@ -43,7 +43,9 @@ class Evidence:
         if self.statistic == "equal":
             return f"{self.module or 'the model'}: its {self.part} differs ({self.unit})"
         sized = f"{self.ratio:+.3g}" if self.statistic == "gain" else f"{self.ratio:.3g} x round-off"
-        return f"{self.module or 'the model'}, {self.part}: {self.statistic} {sized} (limit {self.limit:.3g}; {self.unit})"
+        return (
+            f"{self.module or 'the model'}, {self.part}: {self.statistic} {sized} (limit {self.limit:.3g}; {self.unit})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,17 @@ from harness import replicas as variants
 from harness.engines import hf
 from harness.locate.deviations import STATISTICS, Deviation, Scale, Unit, deviations, scale_of, statistics_of
 from harness.locate.maps import same_names
-from harness.locate.presentations import Presentation
+from harness.locate.presentations import Driven, Presentation
 from harness.locate.replaying import Place, Recording, Replay, record, replay
 from harness.numerics.bounds import Bound, Spread, magnitude_bound, maximum_bound, signed_bound, spread_of
-from harness.numerics.constants import ALPHA_GROUPS, ALPHA_POOLED, MODULE_DEGREES, MODULE_REPLICAS, MODULE_SPREADS, SPREAD_DEFAULT
+from harness.numerics.constants import (
+    ALPHA_GROUPS,
+    ALPHA_POOLED,
+    MODULE_DEGREES,
+    MODULE_REPLICAS,
+    MODULE_SPREADS,
+    SPREAD_DEFAULT,
+)
 
 _SEED = 11
 
@@ -87,6 +93,7 @@ def yardstick(
     plain: hf.HFEngine,
     asked: Sequence[Presentation],
     names: Sequence[str],
+    driven: Driven,
     *,
     count: int = MODULE_REPLICAS,
     progress: Progress,
@@ -98,11 +105,12 @@ def yardstick(
         plain: the reference in the candidate's precision, open.
         asked: what is run.
         names: modules to look at.
+        driven: as the candidate is.
         count: how many variants.
         progress: called with a few words.
     """
     dtype = plain.model.dtype
-    recording = record(exact, asked, names, dtype)
+    recording = record(exact, asked, names, dtype, driven)
     route = same_names(plain.model, names)
     shown: list[dict[Place, Deviation]] = []
     kernels = variants.kernels_of(plain.model)
@@ -110,7 +118,7 @@ def yardstick(
     for one in drawn:
         progress(f"{hf_name(dtype)}: variant {len(shown) + 1} of {count}")
         with variants.applied(plain.model, one):
-            found = deviations(replay(plain, route, asked, recording), recording.passes)
+            found = deviations(replay(plain, route, asked, recording, driven), recording.passes)
         if all(np.isfinite(part.squares_N).all() for part in found.values()):
             shown.append(found)
         if len(shown) == count:
@@ -208,13 +216,3 @@ def alarms(found: Replay, by: Yardstick) -> list[Alarm]:
                 if not bound.failing[0] <= value <= bound.failing[1]:
                     raised.append(Alarm(place=place, unit=unit, statistic=name, value=float(value), bound=bound))
     return raised
-
-
-def exact_and_plain(model: str, precision: str, reference: str, weights: str | None) -> Any:
-    """The two reference engines of a yardstick, closed: in ``reference`` (float64), and in ``precision``."""
-    from harness.scorer import open_reference
-
-    return (
-        open_reference(model, reference, weights=weights or precision),
-        open_reference(model, precision, weights=weights if weights != precision else None),
-    )

@@ -1,0 +1,174 @@
+"""locate: where a candidate first leaves the reference, from its weights, its settings and a replay of its modules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.comparison.context import declared_precision
+from harness.engines import Engine, build_engine, hf
+from harness.errors import ModelError
+from harness.flow.candidates import engine_of, name_of
+from harness.flow.references import read, reference_directory
+from harness.flow.running import refuse_other_model, silent
+from harness.scorer import open_reference
+from harness.values import Golden
+
+if TYPE_CHECKING:
+    from harness.locate.where import Where
+
+Progress = Callable[[str], None]
+
+
+def locate(
+    golden: Golden | str | Path,
+    candidate: Any,
+    *,
+    reference: str | Path | None = None,
+    progress: Progress = silent,
+) -> Where:
+    """Where does the candidate first go wrong?
+
+    Its weights, settings and tables are read, then every submodule is given what the reference's was given and its
+    result compared, in a float32 copy first and, where that shows nothing, as the candidate is shipped; what is wrong
+    is looked into down to its operations.
+
+    Args:
+        golden: a golden, or the directory of one; its model must be at hand.
+        candidate: a SPEC, an Engine, a transformers model, an nn.Module or a callable.
+        reference: directory of the golden's model, where it does not lie beside the golden.
+        progress: called with a few words.
+
+    Raises:
+        HarnessError: for input that cannot be used, and for an engine that fails.
+    """
+    started = time.perf_counter()
+    if isinstance(candidate, str):
+        build_engine(candidate)
+    golden = read(golden)
+    directory = reference_directory(golden, reference)
+    if directory is None:
+        raise ModelError(f"the model of {golden.name} is not beside it", fix="Name its directory with --reference")
+    with engine_of(candidate, directory, progress) as engine:
+        refuse_other_model(golden, engine)
+        found = _Work(golden=golden, directory=directory, engine=engine, progress=progress).where()
+    return replace(found, candidate=name_of(candidate), seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """One candidate, open, beside the reference of a golden."""
+
+    golden: Golden
+    directory: Path
+    engine: Engine
+    progress: Progress
+
+    def where(self) -> Where:
+        from harness.locate.where import Where
+
+        blank = Where(golden=self.golden.name, candidate=self.engine.spec)
+        live = inner_of(self.engine)
+        model = model_of(live)
+        if model is None:
+            return replace(blank, scope="unseen", notes=("the candidate shows no modules",))
+        clues = self._clues(model)
+        found = self._replayed(live, blank)
+        return replace(found, clues=clues)
+
+    def _clues(self, model: Any) -> tuple[Any, ...]:
+        from harness.locate.weights import audit
+
+        self.progress("weights")
+        declared = declared_precision(self.engine.settings)
+        return audit(self.directory, model, declared=declared if declared in hf.DTYPES else None)
+
+    def _replayed(self, live: Engine, blank: Where) -> Where:
+        """The function first; as shipped where that shows nothing and the two differ."""
+        declared = declared_precision(live.settings)
+        notes: list[str] = []
+        found = blank
+        if declared == "float32":
+            return self._asked(live, "float32", None, blank)
+        if "upcast" in live.capabilities:
+            with live.upcast() as wide:
+                if narrow := wide.narrow_operation():
+                    notes.append(f"the function: a float32 copy still computes in 16 bits ({narrow})")
+                else:
+                    found = self._asked(wide, "float32", declared, blank)
+        else:
+            notes.append("the function: the candidate cannot be widened to float32")
+        if not found.found and declared in hf.DTYPES:
+            found = self._asked(live, declared, declared, replace(blank, question="precision"))
+        return replace(found, notes=(*found.notes, *notes))
+
+    def _asked(self, engine: Engine, precision: str, weights: str | None, blank: Where) -> Where:
+        """One question: submodules, then the operations of the first wrong one.
+
+        Args:
+            engine: computes in ``precision``.
+            precision: of the arithmetic.
+            weights: what the weights are rounded to, where that is another one.
+            blank: the answer so far.
+        """
+        import torch
+
+        from harness.engines.hooks import block_names
+        from harness.locate import places, suspects
+        from harness.locate.maps import same_names
+        from harness.locate.presentations import driven_as, presentations, texts_of
+        from harness.locate.replaying import replay
+        from harness.locate.yardstick import yardstick
+
+        asked_dtype = weights or precision
+        with ExitStack() as stack:
+            exact = stack.enter_context(open_reference(str(self.directory), self.golden.precision, weights=asked_dtype))
+            plain = stack.enter_context(
+                open_reference(str(self.directory), precision, weights=weights if weights != precision else None)
+            )
+            stack.enter_context(torch.no_grad())
+            asked = presentations(texts_of(self.golden), exact.model.config)
+            driven, blocks = driven_as(engine), block_names(exact.model)
+
+            def measured(names: Sequence[str]) -> tuple[Any, Any]:
+                by = yardstick(exact, plain, asked, names, driven, progress=self.progress)
+                self.progress(f"candidate in {precision}")
+                return by, replay(engine, same_names(model_of(engine), names), asked, by.recording, driven)
+
+            by, shown = measured(places.submodules(exact.model))
+            named = suspects.first_wrong(shown, by, blocks)
+            found = replace(blank, precision=precision, modules=len(by.names), tests=by.tests)
+            if named is None:
+                return found
+            found = replace(
+                found,
+                module=named.module,
+                part=named.part,
+                scope=named.scope,
+                conditions=named.conditions,
+                others=named.others,
+                evidence=named.evidence,
+            )
+            inside = places.operations(exact.model, [named.module]) if named.inside else ()
+            if len(inside) > 1:
+                by, shown = measured(inside)
+                module, part, more = suspects.first_inside(shown, by, named)
+                found = replace(found, module=module, part=part, evidence=(*more, *found.evidence))
+            return found
+
+
+def inner_of(engine: Engine) -> Engine:
+    """The engine of what a SPEC `py:` built; any other as it is."""
+    return getattr(engine, "inner", engine)
+
+
+def model_of(engine: Engine) -> Any:
+    """The live nn.Module of an engine, None where it has none."""
+    from torch import nn
+
+    found = getattr(engine, "model", None) or getattr(engine, "port", None)
+    return found if isinstance(found, nn.Module) else None
