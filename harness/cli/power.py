@@ -15,7 +15,7 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     from harness.power.trial import Trial
 
-_MODES = "--nulls, --names, --spreads, --summary, --list, --ranks and --model"
+_MODES = "--nulls, --names, --spreads, --summary, --list, --ranks, --locate and --model"
 
 
 @click.command()
@@ -24,6 +24,7 @@ _MODES = "--nulls, --names, --spreads, --summary, --list, --ranks and --model"
 @click.option("--summary", is_flag=True, help="The table of the nulls that are there.")
 @click.option("--names", is_flag=True, help="Which bugs the templates name; with --nulls, on correct implementations.")
 @click.option("--ranks", is_flag=True, help="Which bugs of sharding are found in real ranks, and which rank is named.")
+@click.option("--locate", "placing", is_flag=True, help="Whether `harness locate` names the right module.")
 @click.option("--list", "listed", is_flag=True, help="The held-out implementations, and the bug catalogue.")
 @click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Your model: what a check of it sees.")
 @click.option("--suite", type=click.Path(path_type=Path), metavar="FILE", help="Your suite, with --model.")
@@ -44,6 +45,7 @@ def power(
     summary: bool,
     names: bool,
     ranks: bool,
+    placing: bool,
     listed: bool,
     model: Path | None,
     suite: Path | None,
@@ -67,13 +69,14 @@ def power(
     harness power --nulls 3000 --jobs 2            false alarms on correct implementations
     harness power --names --nulls 3000 --jobs 2    which bugs --diagnose names, and names where there is none
     harness power --ranks                          bugs of sharding in real ranks of tp and pp
+    harness power --locate --host llama-tiny       bugs and correct implementations, replayed module by module
     harness power --spreads --groups 2             how far these scatter
     harness power --model DIR --suite FILE         which bugs a check of your model on your suite sees
 
     What is done stays in the directory --work, and a run goes on where the last one ended.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     certified = model is not None or suite is not None
-    modes = [nulls is not None or names, spreads, summary, ranks, listed, certified].count(True)
+    modes = [nulls is not None or names, spreads, summary, ranks, placing, listed, certified].count(True)
     table = not modes
     if modes > 1:
         raise UsageError(f"give one of {_MODES}, or none of them", fix="E.g. harness power --nulls 3000")
@@ -81,9 +84,11 @@ def power(
         raise UsageError("--spreads needs a number of --groups", fix="E.g. harness power --spreads --groups 2")
     if groups is not None and not (spreads or table):
         raise UsageError("--groups is of --spreads and of the bugs", fix="--nulls makes as many as it needs")
-    if not table and (as_reported or plot_file or ((only or hosts) and not (names or ranks)) or (quick and not names)):
+    if not table and (
+        as_reported or plot_file or ((only or hosts) and not (names or ranks or placing)) or (quick and not names)
+    ):
         raise UsageError("--only, --host, --quick, --as-reported and --plot are of the bugs", fix=f"Leave out {_MODES}")
-    if (summary or ranks or listed) and (shard or minutes or jobs):
+    if (summary or ranks or placing or listed) and (shard or minutes or jobs):
         raise UsageError("--shard, --jobs and --minutes are of a run", fix="Give them with --nulls or --spreads")
     if shard and jobs:
         raise UsageError("--shard is one process, --jobs are several", fix="Give one of them")
@@ -96,8 +101,8 @@ def power(
         raise UsageError("--model and --suite go together", fix="Give both, or none of them")
     if certified and (shard or minutes or jobs):
         raise UsageError("--shard, --jobs and --minutes are of other runs", fix="Leave them out with --model")
-    if (spreads or listed) and json_file:
-        raise UsageError("--json is of the nulls and of the bugs", fix="Give it without --spreads and --list")
+    if (spreads or listed or placing) and json_file:
+        raise UsageError("--json is of the nulls and of the bugs", fix="Give it without --spreads, --list and --locate")
     must_be_writable("--json", json_file)
     must_be_writable("--plot", plot_file)
     if plot_file:
@@ -116,6 +121,8 @@ def power(
         from harness.cli.power_ranks import check_ranks
 
         return check_ranks(_split(only), _split(hosts), json_file)
+    elif placing:
+        _place_bugs(_split(only), _split(hosts), work)
     elif listed:
         _list_all()
     elif groups is not None and spreads:
@@ -130,6 +137,16 @@ def power(
     else:
         _count_alarms(nulls, part, again, json_file)
     return 0
+
+
+def _place_bugs(only: Sequence[str] | None, places: Sequence[str] | None, work: Path) -> None:
+    from harness.mutations import hosts as known
+    from harness.power.placing import kept, place
+    from harness.power.placing_table import placed_to_text
+
+    with progress_line() as progress:
+        place(places or known.NAMES, work, Path("golden"), progress, only)
+    click.echo(placed_to_text(kept(work)))
 
 
 class _Again:

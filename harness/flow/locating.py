@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.comparison.context import declared_precision
+from harness.comparison.ranks import ranks_of
 from harness.engines import Engine, build_engine, hf
+from harness.engines.ranks.engine import ParallelEngine
 from harness.errors import ModelError
 from harness.flow.candidates import engine_of, name_of
+from harness.flow.checking import check
 from harness.flow.references import read, reference_directory
 from harness.flow.running import refuse_other_model, silent
+from harness.flow.sharding import first_wrong_rank
 from harness.scorer import open_reference
 from harness.values import Golden
 
 if TYPE_CHECKING:
-    from harness.locate.where import Where
+    from harness.locate.where import Question, Where
 
 Progress = Callable[[str], None]
 
@@ -74,18 +78,57 @@ class _Work:
         blank = Where(golden=self.golden.name, candidate=self.engine.spec)
         live = inner_of(self.engine)
         model = model_of(live)
+        if isinstance(live, ParallelEngine):
+            return self._ranks(live, blank)
         if model is None:
-            return replace(blank, scope="unseen", notes=("the candidate shows no modules",))
-        clues = self._clues(model)
-        found = self._replayed(live, blank)
-        return replace(found, clues=clues)
+            return self._black_box(blank)
+        found = replace(blank, clues=self._clues(model))
+        if route_refused := _other_class(self.golden, self.directory, model):
+            return replace(found, scope="unseen", notes=(route_refused,))
+        return self._replayed(live, found)
 
     def _clues(self, model: Any) -> tuple[Any, ...]:
+        from harness.locate.tables import tables
         from harness.locate.weights import audit
 
-        self.progress("weights")
+        self.progress("weights, settings and tables")
         declared = declared_precision(self.engine.settings)
-        return audit(self.directory, model, declared=declared if declared in hf.DTYPES else None)
+        found = audit(self.directory, model, declared=declared if declared in hf.DTYPES else None)
+        return (*found, *tables(self.directory, model))
+
+    def _ranks(self, live: ParallelEngine, blank: Where) -> Where:
+        """What the ranks show of themselves: which one leaves the reference first, and where."""
+        declared = declared_precision(live.settings)
+        wide = declared != "float32"
+        question: Question = "function"
+        words = first_wrong_rank(self.golden, live, question, self.directory, self.progress)
+        if not words and wide:
+            question = "precision"
+            words = first_wrong_rank(self.golden, live, question, self.directory, self.progress)
+        unlike = [
+            f"rank {one['rank']}: {name} is not its part of the checkpoint"
+            for one in ranks_of(live.settings)
+            for name in one["unlike_checkpoint"]
+        ]
+        notes = ("modules were not replayed: each rank shows its layers on its own inputs", *unlike)
+        precision = "float32" if question == "function" else declared
+        if not words:
+            return replace(blank, notes=notes, precision=precision)
+        module = _module_in(words)
+        return replace(
+            blank, module=module, part=words, scope="local", notes=notes, precision=precision, question=question
+        )
+
+    def _black_box(self, blank: Where) -> Where:
+        """Of a candidate without modules: the first wrong step and where its errors lie; nothing more can be said."""
+        verdict = check(self.golden, self.engine, reference=self.directory, quick=True, progress=self.progress)
+        bad = [one for one in verdict.findings if not one.status.ok]
+        notes = [
+            "modules: the candidate shows none, so no more than steps, positions and names of bugs can be said;"
+            " `harness check --diagnose` fits the catalogue's bugs to its error"
+        ]
+        said = [f"{one.check}: {one.message}" + (f" ({one.where})" if one.where else "") for one in bad]
+        return replace(blank, scope="unseen", notes=(*said, *notes))
 
     def _replayed(self, live: Engine, blank: Where) -> Where:
         """The function first; as shipped where that shows nothing and the two differ."""
@@ -159,6 +202,24 @@ class _Work:
                 module, part, more = suspects.first_inside(shown, by, named)
                 found = replace(found, module=module, part=part, evidence=(*more, *found.evidence))
             return found
+
+
+def _other_class(golden: Golden, directory: Path, model: Any) -> str:
+    """Why the modules of a live model cannot be held to the reference's; empty where they bear the same names."""
+    from harness.engines.hooks import block_names
+
+    with open_reference(str(directory), None) as reference:
+        blocks = block_names(reference.model)
+    there = {name for name, _ in model.named_modules()}
+    if any(name in there for name in blocks):
+        return ""
+    return f"modules: the candidate's have other names than those of {golden.name}'s model ({blocks[0]})"
+
+
+def _module_in(words: str) -> str:
+    """The name of a module in what is said of a rank: the first word with a dot in it."""
+    found = [word.strip(",;()") for word in words.split() if "." in word.strip(",;().")]
+    return found[0] if found else ""
 
 
 def inner_of(engine: Engine) -> Engine:

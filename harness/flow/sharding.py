@@ -50,7 +50,7 @@ def sharding_of(
         found = _sums(golden, trace, model, found, progress)
         if isinstance(engine, ParallelEngine) and verdict is not None and status is Status.DEVIATES:
             failed = [one.question for one in verdict.answers if not one.status.ok]
-            return replace(found, first_wrong=_first_wrong(golden, engine, failed[0], model, progress))
+            return replace(found, first_wrong=first_wrong_rank(golden, engine, failed[0], model, progress))
     except Exception as error:  # noqa: BLE001  # this tells more of a verdict, and never takes its place
         return replace(found, reason=f"{type(error).__name__}: {first_line(error, 'no message')}")
     return found
@@ -91,7 +91,7 @@ _VARIANTS = 4
 _SEED = 7
 
 
-def _first_wrong(
+def first_wrong_rank(
     golden: Golden, engine: ParallelEngine, question: Question, model: Path, progress: Callable[[str], None]
 ) -> str:
     """The first place where a rank of an open engine leaves the reference, in words; "" where there is none.

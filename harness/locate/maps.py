@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,12 +53,10 @@ class Route:
     Attributes:
         owner: the live model or port.
         modules: those that stand for the reference's.
-        attach: hooks one of them where it is no nn.Module; None for modules.
     """
 
     owner: Any
     modules: tuple[Mapped, ...]
-    attach: Callable[..., Any] | None = None
 
 
 def same_names(model: Any, names: Sequence[str]) -> Route:

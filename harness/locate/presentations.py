@@ -98,8 +98,8 @@ def _length_of_longest(config: Any, shown: int) -> int:
     edges = [getattr(text, "sliding_window", None), rope.get("original_max_position_embeddings")]
     if rope.get("rope_type") == "dynamic":
         edges.append(getattr(text, "max_position_embeddings", None))
-    edges = [edge for edge in edges if isinstance(edge, int) and 0 < edge <= _FAR]
-    wanted = max([min(_LONGEST, shown), *(edge + _BLOCK // 2 for edge in edges)])
+    known = [edge for edge in edges if isinstance(edge, int) and 0 < edge <= _FAR]
+    wanted = max([min(_LONGEST, shown), *(edge + _BLOCK // 2 for edge in known)])
     lengths = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions")]
     context = [length for length in lengths if isinstance(length, int) and length > 0]
     if not context or rope.get("rope_type") == "dynamic":

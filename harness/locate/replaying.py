@@ -16,7 +16,7 @@ Shape legend: B batch rows, T new tokens, S tokens so far (padding included), N 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -174,7 +174,7 @@ def replay(engine: Engine, route: Route, asked: Sequence[Presentation], recordin
     """
     found = Replay()
     hooks = _Forcer(found, recording)
-    _run(engine, asked, driven, route.owner, route.modules, hooks, attach=route.attach)
+    _run(engine, asked, driven, route.owner, route.modules, hooks)
     return found
 
 
@@ -185,12 +185,11 @@ def _run(
     owner: Any,
     modules: Sequence[Mapped],
     hooks: _Hooks,
-    attach: Callable[[Any, Mapped, _Hooks], Any] | None = None,
 ) -> None:
     decoder = engine.decoder
     with ExitStack() as stack:
-        for group in _by_module(owner, modules, attach):
-            stack.enter_context(group(hooks))
+        for each in _by_module(owner, modules, hooks):
+            stack.enter_context(each)
         for number, one in enumerate(asked):
             hooks.begin(number)
             decoding.replay(
@@ -203,12 +202,8 @@ def _run(
             )
 
 
-def _by_module(owner: Any, modules: Sequence[Mapped], attach: Any) -> Iterator[Callable[[_Hooks], Any]]:
+def _by_module(owner: Any, modules: Sequence[Mapped], hooks: _Hooks) -> Iterator[AbstractContextManager[None]]:
     """What hooks each module; one that stands under several names is hooked once, and its calls take turns."""
-    if attach is not None:
-        for one in modules:
-            yield lambda hooks, one=one: attach(owner, one, hooks)
-        return
     shared: dict[int, tuple[Any, list[Mapped]]] = {}
     for one in modules:
         try:
@@ -217,7 +212,7 @@ def _by_module(owner: Any, modules: Sequence[Mapped], attach: Any) -> Iterator[C
             continue
         shared.setdefault(id(module), (module, []))[1].append(one)
     for module, names in shared.values():
-        yield lambda hooks, module=module, names=names: _hooked(module, names, hooks)
+        yield _hooked(module, names, hooks)
 
 
 @contextmanager

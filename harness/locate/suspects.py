@@ -129,7 +129,27 @@ def _culprit(
         if handed:
             return "", f"the {name} that the model is handed", True
         return base, f"the {name} that {source.module} is handed", False
+    if _reads_cache(first, found, by):
+        return first.module, "what it reads from the KV cache: it is right where nothing was cached before", False
     return first.module, "", False
+
+
+def _reads_cache(first: Place, found: Replay, by: Yardstick) -> bool:
+    """Whether an attention is wrong only behind cached tokens, of which its cache holds others than the reference's."""
+    passes = by.recording.passes
+    behind = {one.number for one in passes if one.seen_BS.shape[1] > one.real_BT.shape[1]}
+    scale = by.limits[first].scale if first in by.limits else None
+    shown = deviations(found, passes).get(first)
+    if scale is None or shown is None or len(shown.squares_N) != len(scale.squares_N):
+        return False
+    worst = exponential(by.limits[first].bounds[None][1].failing[1])
+    bad = set(shown.passes_N[row_ratios(shown, scale) > worst].tolist())
+    caches = [one for one in (*found.strange, *_wrong_caches(found, by)) if one.side == "cache"]
+    return bool(bad) and bad <= behind and bool(caches)
+
+
+def _wrong_caches(found: Replay, by: Yardstick) -> list[Place]:
+    return [one.place for one in alarms(found, by) if one.place.side == "cache"]
 
 
 def _chain(given: Sequence[Place], found: Replay, by: Yardstick, raised: set[Place]) -> list[Place]:

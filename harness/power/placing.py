@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class Placed:
         precision: that was replayed.
         touched: the submodules in which the live model was changed; empty where it was changed elsewhere.
         single: whether that is one submodule, or the same one of every block.
-        named: the first wrong module that was named; "" where none was.
+        found: whether anything was named.
+        named: the first wrong module; "" for the model's own forward, and where none was named.
         part: what of it.
         others: further submodules that were named.
         right: whether the one that was named is one of ``touched``.
@@ -62,17 +63,13 @@ class Placed:
     precision: str
     touched: tuple[str, ...] = ()
     single: bool = False
+    found: bool = False
     named: str = ""
     part: str = ""
     others: tuple[str, ...] = ()
     right: bool = False
     modules: int = 0
     reason: str = ""
-
-    @property
-    def found(self) -> bool:
-        """Whether anything was named."""
-        return bool(self.named or self.part)
 
 
 # --- where a bug is ----------------------------------------------------------------------------
@@ -137,7 +134,7 @@ def place(
         names: these alone.
     """
     for host in places:
-        done = {(one.name, one.precision) for one in read(work) if one.host == host}
+        done = {(one.name, one.precision) for one in kept(work) if one.host == host}
         with _Host(host, work, goldens) as stage:
             for precision in PRECISIONS:
                 for one in _asked(host, names):
@@ -218,25 +215,28 @@ class _Host:
         options = one.options if isinstance(one, Mutation) else tuple(one.options.items())
         engine = self.engine(precision, tuple(options))
         by = self.yardstick(precision, engine)
-        kind = "benign" if isinstance(one, Family) else "control" if one.harmless else "bug"
-        name = one.name if isinstance(one, Family) else one.id
-        blank = {"kind": kind, "name": name, "host": self.name, "precision": precision, "modules": len(by.names)}
+        blank = Placed(
+            kind="benign" if isinstance(one, Family) else "control" if one.harmless else "bug",
+            name=one.name if isinstance(one, Family) else one.id,
+            host=self.name,
+            precision=precision,
+            modules=len(by.names),
+        )
         blocks, before = block_names(engine.model), state_of(engine.model)
         try:
             with one.applied(engine.model) if isinstance(one, Family) else one.applied(engine):
                 where = _submodules(touched(before, state_of(engine.model)), blocks)
                 found = _first(engine, by, blocks)
         except LookupError as error:
-            return Placed(**blank, reason=part_missing(error))
+            return replace(blank, reason=part_missing(error))
         except Exception as error:  # noqa: BLE001  # a bug may raise anything, and that is a result
-            return Placed(**blank, reason=f"{type(error).__name__}: {error}"[:200])
+            return replace(blank, reason=f"{type(error).__name__}: {error}"[:200])
+        placed = replace(blank, touched=where, single=_is_single(where))
         if found is None:
-            return Placed(**blank, touched=where, single=_is_single(where))
+            return placed
         module, part, others = found
         right = bool(set(_submodules([module], blocks)) & set(where)) if module else not where
-        return Placed(
-            **blank, touched=where, single=_is_single(where), named=module, part=part, others=others, right=right
-        )
+        return replace(placed, found=True, named=module, part=part, others=others, right=right)
 
 
 def _first(engine: hf.HFEngine, by: Yardstick, blocks: Sequence[str]) -> tuple[str, str, tuple[str, ...]] | None:
@@ -261,7 +261,7 @@ def _append(work: Path, host: str, one: Placed) -> None:
         lines.write(json.dumps(asdict(one)) + "\n")
 
 
-def read(work: Path) -> list[Placed]:
+def kept(work: Path) -> list[Placed]:
     """What was done so far."""
     found = []
     for file in sorted((work / "locate").glob("*.jsonl")):
@@ -271,4 +271,4 @@ def read(work: Path) -> list[Placed]:
     return found
 
 
-__all__ = ["Placed", "place", "read", "state_of", "touched"]
+__all__ = ["Placed", "kept", "place", "state_of", "touched"]
