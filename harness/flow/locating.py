@@ -23,6 +23,7 @@ from harness.scorer import open_reference
 from harness.values import Golden
 
 if TYPE_CHECKING:
+    from harness.locate.presentations import Presentation
     from harness.locate.where import Question, Where
 
 Progress = Callable[[str], None]
@@ -177,7 +178,7 @@ class _Work:
             asked = presentations(texts_of(self.golden), exact.model.config)
             driven, blocks = driven_as(engine), block_names(exact.model)
 
-            def measured(names: Sequence[str]) -> tuple[Any, Any]:
+            def measured(names: Sequence[str], asked: Sequence[Presentation] = asked) -> tuple[Any, Any]:
                 by = yardstick(exact, plain, asked, names, driven, progress=self.progress)
                 self.progress(f"candidate in {precision}")
                 return by, replay(engine, same_names(model_of(engine), names), asked, by.recording, driven)
@@ -198,7 +199,7 @@ class _Work:
             )
             inside = places.operations(exact.model, [named.module]) if named.inside else ()
             if len(inside) > 1:
-                by, shown = measured(inside)
+                by, shown = measured(inside, [asked[number] for number in named.presentations])
                 module, part, more = suspects.first_inside(shown, by, named)
                 found = replace(found, module=module, part=part, evidence=(*more, *found.evidence))
             return found

@@ -492,11 +492,19 @@ def given_to(args: Sequence[Any], given: Mapping[str, Any], now: Pass) -> Iterat
     """The tensors that a module is given, each with its key: hidden states, and all else."""
     for key, value in [*((str(place), value) for place, value in enumerate(args)), *given.items()]:
         if isinstance(value, torch.Tensor):
-            yield "input" if _is_hidden(value, now) else "argument", key, value
+            yield "input" if _is_hidden(value, now) else "argument", _named(key, value, now), value
         elif isinstance(value, tuple | list):
             for number, inner in enumerate(value):
                 if isinstance(inner, torch.Tensor):
                     yield "argument", f"{key}.{number}", inner
+
+
+def _named(key: str, value: torch.Tensor, now: Pass) -> str:
+    """An argument's key; a mask that is given by its place alone is told by its shape and its values."""
+    seen = value.ndim == _HIDDEN_AXES + 1 and value.shape[-2] == now.real_BT.shape[1]
+    if seen and key.isdigit() and (value.dtype == torch.bool or bool((value <= 0).all())):
+        return f"mask {key}"
+    return key
 
 
 def _with_inputs(
@@ -623,7 +631,8 @@ def rows_of(
             return kept[seen_BS.to(kept.device)], (row.numpy(), place.numpy())
     if tensor.ndim == _HIDDEN_AXES - 1 and tensor.shape[0] == rows * new:
         tensor = tensor.reshape(rows, new, -1)
-    if tensor.ndim >= _HIDDEN_AXES and tuple(tensor.shape[:2]) == (rows, new):
+    token_shaped = tensor.ndim == _HIDDEN_AXES or (tensor.ndim > _HIDDEN_AXES and side != "argument")
+    if token_shaped and tuple(tensor.shape[:2]) == (rows, new):
         kept = tensor.flatten(0, 1) if now.whole else tensor[real.to(tensor.device)]
         return (kept if kept.ndim == _HIDDEN_AXES - 1 else kept.flatten(1)), (now.row_N, now.position_N)
     if tensor.ndim == _HIDDEN_AXES and tuple(tensor.shape[:2]) == (rows, 1):

@@ -16,6 +16,8 @@ from harness.numerics.bounds import exponential
 from harness.numerics.constants import MOSTLY
 
 _SHOWN = 6
+#: Presentations that are run again to look into a module.
+_LOOKED_INTO = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,7 @@ class Named:
         others: further modules that are wrong on their own inputs.
         evidence: measurements.
         inside: whether a look at the operations inside may say more.
+        presentations: numbers of a few in which it is wrong.
     """
 
     module: str
@@ -41,6 +44,7 @@ class Named:
     others: tuple[str, ...]
     evidence: tuple[Evidence, ...]
     inside: bool
+    presentations: tuple[int, ...] = ()
 
 
 def first_wrong(found: Replay, by: Yardstick, blocks: Sequence[str]) -> Named | None:
@@ -75,7 +79,13 @@ def first_wrong(found: Replay, by: Yardstick, blocks: Sequence[str]) -> Named | 
         others=tuple(dict.fromkeys(one for one in wrong if one != module)),
         evidence=(*(evidence(one, by) for one in _telling([*own, *blamed])), *unlike[:_SHOWN]),
         inside=first.side == "output" and bool(first.module) and module == first.module,
+        presentations=_few({one.unit.presentation for one in own if one.unit is not None}, by),
     )
+
+
+def _few(wrong: set[int], by: Yardstick) -> tuple[int, ...]:
+    """Presentations to look into a module with: two in which it is wrong, any two where it only is over all."""
+    return tuple(sorted(wrong)[:_LOOKED_INTO] or range(min(_LOOKED_INTO, len(by.presentations))))
 
 
 def first_inside(found: Replay, by: Yardstick, outer: Named) -> tuple[str, str, tuple[Evidence, ...]]:
