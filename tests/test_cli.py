@@ -24,7 +24,8 @@ from tests.support import read_json, write_model
 
 GOLDEN = "golden/small/small"
 RECORD = ("record", "--model", "golden/small/model", "--suite", "prompts/small.toml", "--out")
-COMMANDS = ((), ("check",), ("record",), ("models",), ("models", "list"), ("models", "build"), ("models", "table"),
+COMMANDS = ((), ("check",), ("locate",), ("record",), ("models",), ("models", "list"), ("models", "build"),
+            ("models", "table"),
             ("run",), ("compare",), ("gate",), ("bench",), ("lint",), ("power",), ("convert",), ("doctor",),
             ("schema",))  # fmt: skip
 
