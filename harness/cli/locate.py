@@ -15,13 +15,25 @@ from harness.cli.output import must_be_writable, progress_line, write_json
 @click.option(
     "--reference", type=click.Path(path_type=Path), metavar="DIR", help="The golden's model, if not beside it."
 )
+@click.option("--map", "map_file", type=click.Path(path_type=Path), metavar="FILE", help="What a port's tensors are.")
+@click.option("--write-map", type=click.Path(path_type=Path), metavar="FILE", help="Write the map that is found, only.")
 @click.option("--json", metavar="FILE", help="Write all of it as JSON; '-' for standard output.")
-def locate(golden: Path, candidate: str, reference: Path | None, json: str | None) -> int:
+def locate(
+    golden: Path,
+    candidate: str,
+    reference: Path | None,
+    map_file: Path | None,
+    write_map: Path | None,
+    json: str | None,
+) -> int:
     """Where does a candidate first leave the reference? Run it after a red `harness check`.
 
     \b
     harness locate golden/bloom-tiny/core -c hf:model=path/to/my/weights
     harness locate golden/bloom-tiny/core -c 'py:my_package.port:build?dtype=bfloat16'
+
+    A port whose modules have other names needs a map of its tensors. Without --map it is found by content; --write-map
+    writes that for you to read and confirm.
 
     Weights, settings and tables are read; then each module is given what the reference's was given, and its result is
     compared: in float32 first, then in the candidate's own precision. Exit codes: 0 nothing is wrong; 1 a place is
@@ -32,10 +44,17 @@ def locate(golden: Path, candidate: str, reference: Path | None, json: str | Non
 
     build_engine(candidate)
     from harness import flow
+    from harness.locate import mapfile
     from harness.report.locate import where_to_text
 
+    names = None if map_file is None else mapfile.read_map(map_file)
     with progress_line() as progress:
-        found = flow.locate(golden, candidate, reference=reference, progress=progress)
+        if write_map is not None:
+            found_map = flow.proposed_map(golden, candidate, reference=reference)
+            mapfile.write_map(found_map, write_map)
+            click.echo(f"{len(found_map)} lines in {write_map}; read it, and give it with --map")
+            return 0
+        found = flow.locate(golden, candidate, reference=reference, names=names, progress=progress)
     if json != "-":
         click.echo(where_to_text(found))
     if json:

@@ -7,7 +7,7 @@ from harness.flow.candidates import candidates, check_all
 from harness.flow.checking import check
 from harness.flow.comparing import compare
 from harness.flow.gating import gate
-from harness.flow.locating import locate
+from harness.flow.locating import locate, proposed_map
 from harness.flow.matrix import Cell, cells, kept_ranks
 from harness.flow.recording import record, rerecord
 from harness.flow.references import reference_directory, reference_model
@@ -25,6 +25,7 @@ __all__ = [
     "gate",
     "kept_ranks",
     "locate",
+    "proposed_map",
     "record",
     "reference_directory",
     "reference_model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from harness.scorer import open_reference
 from harness.values import Golden
 
 if TYPE_CHECKING:
+    from harness.locate.naming import Made, Names
     from harness.locate.presentations import Presentation
     from harness.locate.where import Question, Where
 
@@ -34,6 +35,7 @@ def locate(
     candidate: Any,
     *,
     reference: str | Path | None = None,
+    names: Names | None = None,
     progress: Progress = silent,
 ) -> Where:
     """Where does the candidate first go wrong?
@@ -46,6 +48,7 @@ def locate(
         golden: a golden, or the directory of one; its model must be at hand.
         candidate: a SPEC, an Engine, a transformers model, an nn.Module or a callable.
         reference: directory of the golden's model, where it does not lie beside the golden.
+        names: what the tensors of a port with other names are made of; what is left out is found by content.
         progress: called with a few words.
 
     Raises:
@@ -60,8 +63,29 @@ def locate(
         raise ModelError(f"the model of {golden.name} is not beside it", fix="Name its directory with --reference")
     with engine_of(candidate, directory, progress) as engine:
         refuse_other_model(golden, engine)
-        found = _Work(golden=golden, directory=directory, engine=engine, progress=progress).where()
+        found = _Work(golden=golden, directory=directory, engine=engine, names=names, progress=progress).where()
     return replace(found, candidate=name_of(candidate), seconds=time.perf_counter() - started)
+
+
+def proposed_map(
+    golden: Golden | str | Path, candidate: Any, *, reference: str | Path | None = None
+) -> dict[str, Made]:
+    """Patterns for the tensors of a port that do not go by the reference's names, found by content.
+
+    Raises:
+        HarnessError: where the golden's model is not at hand, or the candidate shows no tensors.
+    """
+    from harness.locate.weights import proposed
+
+    golden = read(golden)
+    directory = reference_directory(golden, reference)
+    if directory is None:
+        raise ModelError(f"the model of {golden.name} is not beside it", fix="Name its directory with --reference")
+    with engine_of(candidate, directory, silent) as engine:
+        model = model_of(inner_of(engine))
+        if model is None:
+            raise ModelError("the candidate shows no tensors", fix="Give an nn.Module that registers its weights")
+        return proposed(directory, model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +95,7 @@ class _Work:
     golden: Golden
     directory: Path
     engine: Engine
+    names: Names | None
     progress: Progress
 
     def where(self) -> Where:
@@ -84,9 +109,14 @@ class _Work:
         if model is None:
             return self._black_box(blank)
         found = replace(blank, clues=self._clues(model))
-        if route_refused := _other_class(self.golden, self.directory, model):
-            return replace(found, scope="unseen", notes=(route_refused,))
+        if _other_class(self.directory, model) and not self._map(model):
+            note = f"modules: the candidate's have other names than those of {self.golden.name}'s model, and no map"
+            return replace(found, scope="unseen", notes=(note,))
         return self._replayed(live, found)
+
+    def _map(self, model: Any) -> Mapping[str, Made]:
+        """What the weights of a port are made of: as given, else by content."""
+        return {name: made for name, made in map_of(self.directory, model, self.names).items() if made.parts}
 
     def _clues(self, model: Any) -> tuple[Any, ...]:
         from harness.locate.tables import tables
@@ -94,7 +124,7 @@ class _Work:
 
         self.progress("weights, settings and tables")
         declared = declared_precision(self.engine.settings)
-        found = audit(self.directory, model, declared=declared if declared in hf.DTYPES else None)
+        found = audit(self.directory, model, self.names, declared=declared if declared in hf.DTYPES else None)
         return (*found, *tables(self.directory, model))
 
     def _ranks(self, live: ParallelEngine, blank: Where) -> Where:
@@ -163,7 +193,7 @@ class _Work:
 
         from harness.engines.hooks import block_names
         from harness.locate import places, suspects
-        from harness.locate.maps import same_names
+        from harness.locate.maps import route_of, same_names
         from harness.locate.presentations import driven_as, presentations, texts_of
         from harness.locate.replaying import replay
         from harness.locate.yardstick import yardstick
@@ -178,12 +208,19 @@ class _Work:
             asked = presentations(texts_of(self.golden), exact.model.config)
             driven, blocks = driven_as(engine), block_names(exact.model)
 
+            live = model_of(engine)
+            route = route_of(live, self._map(live)) if _other_class(self.directory, live) else None
+
             def measured(names: Sequence[str], asked: Sequence[Presentation] = asked) -> tuple[Any, Any]:
                 by = yardstick(exact, plain, asked, names, driven, progress=self.progress)
                 self.progress(f"candidate in {precision}")
-                return by, replay(engine, same_names(model_of(engine), names), asked, by.recording, driven)
+                return by, replay(engine, route or same_names(live, names), asked, by.recording, driven)
 
-            by, shown = measured(places.submodules(exact.model))
+            known = {name for name, _ in exact.model.named_modules()}
+            names = places.submodules(exact.model)
+            if route is not None:
+                names = tuple(dict.fromkeys(n for one in route.modules for n in one.reference if n in known))
+            by, shown = measured(names)
             named = suspects.first_wrong(shown, by, blocks)
             found = replace(blank, precision=precision, modules=len(by.names), tests=by.tests)
             if named is None:
@@ -197,7 +234,7 @@ class _Work:
                 others=named.others,
                 evidence=named.evidence,
             )
-            inside = places.operations(exact.model, [named.module]) if named.inside else ()
+            inside = places.operations(exact.model, [named.module]) if named.inside and route is None else ()
             if len(inside) > 1:
                 by, shown = measured(inside, [asked[number] for number in named.presentations])
                 module, part, more = suspects.first_inside(shown, by, named)
@@ -205,16 +242,24 @@ class _Work:
             return found
 
 
-def _other_class(golden: Golden, directory: Path, model: Any) -> str:
-    """Why the modules of a live model cannot be held to the reference's; empty where they bear the same names."""
+def map_of(checkpoint: Path, model: Any, names: Names | None = None) -> dict[str, Made]:
+    """What each tensor of a port is made of: as ``names`` say, else found by content, else the one of its own name."""
+    from harness.locate.naming import Made, expanded
+    from harness.locate.weights import proposed
+
+    tensors = [name for name, _ in model.named_parameters()]
+    found = expanded({**proposed(checkpoint, model), **(names or {})}, tensors)
+    return {name: found.get(name, Made(parts=(name,))) for name in tensors}
+
+
+def _other_class(directory: Path, model: Any) -> bool:
+    """Whether the modules of a live model bear other names than the reference's."""
     from harness.engines.hooks import block_names
 
     with open_reference(str(directory), None) as reference:
         blocks = block_names(reference.model)
     there = {name for name, _ in model.named_modules()}
-    if any(name in there for name in blocks):
-        return ""
-    return f"modules: the candidate's have other names than those of {golden.name}'s model ({blocks[0]})"
+    return not any(name in there for name in blocks)
 
 
 def _module_in(words: str) -> str:

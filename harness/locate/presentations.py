@@ -51,16 +51,22 @@ class Driven:
     Attributes:
         batch: rows of a batch, None for all of a presentation.
         chunk: tokens of each piece of a prompt, None for prompts in one piece.
+        cached: whether there is a KV cache, and so a decode loop; without one a pass takes prompt and continuation.
     """
 
     batch: int | None = None
     chunk: int | None = None
+    cached: bool = True
 
 
 def driven_as(engine: Any) -> Driven:
     """How an engine drives its model: as its options say, row by row where it could not tell padding from tokens."""
     batch = getattr(engine.options, "batch", None)
-    return Driven(batch=batch if "batch" in engine.capabilities else 1, chunk=getattr(engine.options, "chunk", None))
+    return Driven(
+        batch=batch if "batch" in engine.capabilities else 1,
+        chunk=getattr(engine.options, "chunk", None),
+        cached="replay" in engine.capabilities,
+    )
 
 
 def presentations(texts: Sequence[Sequence[int]], config: Any) -> tuple[Presentation, ...]:

@@ -192,7 +192,8 @@ def _run(
             stack.enter_context(each)
         for number, one in enumerate(asked):
             hooks.begin(number)
-            decoding.replay(
+            run = decoding.replay if driven.cached else decoding.teacher_forced
+            run(
                 replace(decoder, step=hooks.stepping(decoder.step)),
                 one.requests,
                 one.continuations,
@@ -385,7 +386,7 @@ class _Forcer(_Hooks):
                 self._look(Place(module=name, side=side, key=key), call, tensor)
 
         def forced(key: str, tensor: torch.Tensor) -> torch.Tensor:
-            return self._forced(one, Place(module=name, side="input", key=key), call, tensor)
+            return self._forced(Place(module=name, side="input", key=key), call, tensor)
 
         return _with_inputs(args, given, self.now, forced, only=one.first_input)
 
@@ -399,36 +400,39 @@ class _Forcer(_Hooks):
             return None
         if not tensors:
             return None
-        place = Place(module=one.reference[0], side="output", key="0")
-        return with_result(output, self._forced(one, place, call, tensors[0]))
+        return with_result(output, self._parts_forced(one, call, tensors[0]))
 
-    def _forced(self, one: Mapped, place: Place, call: int, tensor: torch.Tensor) -> torch.Tensor:
+    def _parts_forced(self, one: Mapped, call: int, tensor: torch.Tensor) -> torch.Tensor:
+        """The output of a module, or of a fused one each part as the module's of the reference that it stands for."""
+        places = [Place(module=name, side="output", key="0") for name in one.reference]
+        if len(places) == 1:
+            return self._forced(places[0], call, tensor)
+        rights = [self._recording.values.get((self.number, place, call)) for place in places]
+        widths = [0 if right is None else right.shape[-1] for right in rights]
+        parts = one.apart(tensor, widths)
+        if parts is None:
+            self._found.strange.setdefault(places[0], f"it is {tensor.shape[-1]} wide, and stands for {sum(widths)}")
+            return tensor
+        return one.joined([self._forced(place, call, part) for place, part in zip(places, parts, strict=True)])
+
+    def _forced(self, place: Place, call: int, tensor: torch.Tensor) -> torch.Tensor:
         """The reference's value in the candidate's shape and dtype; the difference is kept."""
-        right = self._right(one, place, call)
+        key = (self.number, place, call)
+        right = self._recording.values.get(key)
         if right is None:
             return tensor
         fitted = fit(tensor, right)
         if fitted is None:
             self._found.strange.setdefault(place, f"its shape is {list(tensor.shape)}, not {list(right.shape)}")
             return tensor
-        single = len(one.reference) == 1 or place.side == "input"
-        key = (self.number, place, call)
-        self._differ(place, fitted, right, self._recording.rows.get(key) if single else None)
-        rounded = self._recording.rounded.get(key) if single else None
+        self._differ(place, fitted, right, self._recording.rows.get(key))
+        rounded = self._recording.rounded.get(key)
         value = (right.to(self._recording.dtype) if rounded is None else rounded).to(tensor.device, tensor.dtype)
         if fitted.shape == tensor.shape:
             return value
         if tensor.ndim < right.ndim:
             return value.reshape(tensor.shape)
         return torch.cat([tensor[:, : tensor.shape[1] - right.shape[1]], value], dim=1)
-
-    def _right(self, one: Mapped, place: Place, call: int) -> torch.Tensor | None:
-        parts = [self._recording.values.get((self.number, replace(place, module=name), call)) for name in one.reference]
-        if len(parts) == 1 or place.side == "input":
-            return parts[0]
-        if any(part is None for part in parts):
-            return None
-        return one.joined([part for part in parts if part is not None])
 
     def _look(self, place: Place, call: int, tensor: torch.Tensor) -> None:
         """Compare, and leave as it is."""
