@@ -21,7 +21,6 @@ from harness.numerics.constants import (
     ALPHA_POOLED,
     MODULE_DEGREES,
     MODULE_REPLICAS,
-    MODULE_SPREADS,
     SPREAD_DEFAULT,
 )
 
@@ -176,7 +175,7 @@ def _bounds(
             spread = _spread(values_K, effective, eps / float(np.sqrt(12)))
             found.append(signed_bound(values_K, spread, alpha=alpha, tests=tests))
             continue
-        spread = _spread(values_K, effective, _scatter(precision, name))
+        spread = _spread(values_K, effective, SPREAD_DEFAULT)
         if name.startswith("worst"):
             found.append(maximum_bound(values_K, spread, alpha=alpha, tests=tests, precision=precision))
         else:
@@ -194,10 +193,6 @@ def _spread(values_K: NDArray[np.float64], effective: float, families: float) ->
     shares = own.own**4 / own.degrees + families**4 / MODULE_DEGREES
     value = float(np.hypot(own.own, families))
     return Spread(own=own.own, value=value, degrees=max(1.0, value**4 / shares))
-
-
-def _scatter(precision: str, name: str) -> float:
-    return MODULE_SPREADS.get(precision, {}).get(name, SPREAD_DEFAULT)
 
 
 def alarms(found: Replay, by: Yardstick) -> list[Alarm]:

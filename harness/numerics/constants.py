@@ -76,10 +76,8 @@ SPREADS: Mapping[str, Mapping[str, tuple[float, str, float]]] = {
 #: from 492 on (`ok-key-bias` in float16 on `core`).
 SPREAD_DEFAULT = 0.16
 
-#: The same for the tensors of single modules under isolated replay (numerics 2.8).
-MODULE_SPREADS: Mapping[str, Mapping[str, float]] = {}
-
-#: Degrees of freedom behind it: 13 families beside the plain one on 4 hosts.
+#: Degrees of freedom behind the scatter of a module's statistics between families, which SPREAD_DEFAULT is: 14 families
+#: on 4 hosts, less one each.
 MODULE_DEGREES = 39.0
 
 #: Variants of the reference that are replayed: twelve independent ones are asked for (numerics 2.3), of 16 that were
