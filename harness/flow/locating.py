@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,8 @@ from harness.comparison.context import declared_precision
 from harness.comparison.ranks import ranks_of
 from harness.engines import Engine, build_engine, hf
 from harness.engines.ranks.engine import ParallelEngine
-from harness.errors import ModelError
+from harness.engines.ranks.outer import Followed
+from harness.errors import EngineError, HarnessError, ModelError, first_line
 from harness.flow.candidates import engine_of, name_of
 from harness.flow.checking import check
 from harness.flow.references import read, reference_directory
@@ -61,9 +63,17 @@ def locate(
     directory = reference_directory(golden, reference)
     if directory is None:
         raise ModelError(f"the model of {golden.name} is not beside it", fix="Name its directory with --reference")
-    with engine_of(candidate, directory, progress) as engine:
-        refuse_other_model(golden, engine)
-        found = _Work(golden=golden, directory=directory, engine=engine, names=names, progress=progress).where()
+    try:
+        with engine_of(candidate, directory, progress) as engine:
+            refuse_other_model(golden, engine)
+            found = _Work(golden=golden, directory=directory, engine=engine, names=names, progress=progress).where()
+    except (HarnessError, Followed):
+        raise
+    except (Exception, SystemExit) as error:  # a port can raise anything, or exit: one clear line, and not our end
+        if os.environ.get("HARNESS_TRACEBACK"):
+            raise
+        problem = f"the candidate failed ({type(error).__name__}: {first_line(error, 'no message')})"
+        raise EngineError(problem, fix="Set HARNESS_TRACEBACK=1 to see where it was raised") from error
     return replace(found, candidate=name_of(candidate), seconds=time.perf_counter() - started)
 
 

@@ -12,6 +12,7 @@ import torch
 
 import harness
 from harness.engines import hf
+from harness.errors import EngineError
 from harness.mutations.catalogue import CATALOGUE
 from tests.commands import runner
 from tests.support import write_model, write_suite
@@ -102,6 +103,18 @@ def test_a_callable_without_modules_is_told_what_can_be_said(golden):
     assert (found.scope, found.exit_code) == ("unseen", 3)
     assert any("shows none" in note for note in found.notes)
     assert any("round-off" in note for note in found.notes)
+
+
+def test_a_candidate_that_raises_is_told_in_one_line(golden):
+    """Whatever a model raises under replay is an engine that failed, with its own words."""
+    model = harness.reference_model(golden, dtype=torch.float32)
+
+    def broken(*_args, **_given):
+        raise ZeroDivisionError("a kernel gave up")
+
+    model.model.layers[1].mlp.forward = broken
+    with pytest.raises(EngineError, match="a kernel gave up"):
+        harness.locate(golden, model)
 
 
 def test_the_command_writes_what_it_says(golden, tmp_path, monkeypatch, capsys):
