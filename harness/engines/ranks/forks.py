@@ -39,7 +39,6 @@ def live(lifeline: int) -> None:
     while (child := os.fork()) != 0:
         _follow(child, lifeline)
     faulthandler.register(signal.SIGUSR1, all_threads=False)
-    _move()
 
 
 def _follow(child: int, lifeline: int) -> None:
@@ -90,8 +89,11 @@ def _send(child: int, number: int) -> None:
         os.kill(child, number)
 
 
-def _move() -> None:
-    """Take a random amount of memory for good, so that what comes later lies elsewhere than in the life before."""
+def move() -> None:
+    """Take a random amount of memory for good, so that what comes later lies elsewhere than in the life before.
+
+    To be called after the last thread is started: its heap lies at a multiple of 64 MiB, and what follows below that.
+    """
     drawn = random.SystemRandom()
     for gap in _GAPS:
         _moved.append(mmap.mmap(-1, gap + drawn.randrange(1, _LARGE // mmap.PAGESIZE) * mmap.PAGESIZE))

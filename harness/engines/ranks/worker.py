@@ -75,6 +75,8 @@ def main(wire_fd: int, lifeline_fd: int, rank: int, server: str) -> None:
             forks.live(lifeline_fd)
             _die_with(started)
         _watch(lifeline_fd)
+        if renews:
+            forks.move()
         answering = made(rank, _store, Pulse(wire.send))
         wire.send(("ready", renews or None))
         while (asked := _asked(wire)) is not None:

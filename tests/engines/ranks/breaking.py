@@ -136,7 +136,7 @@ class Renewing(Light):
         if request != "tell":
             return super().answer(request, *arguments)
         type(self).lives += 1
-        found = mmap.mmap(-1, 2**28)  # fits into no gap, and is never touched
+        found = mmap.mmap(-1, 2**27)  # fits into no gap, and is never touched
         address = ctypes.addressof(ctypes.c_char.from_buffer(found))
         return {"pid": os.getpid(), "prepared": self.prepared, "lives": self.lives, "address": address}
 
