@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from harness.values import Floor, Request, Rows
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from harness.engines.streaming.engine import StreamEngine
 
 _SPLITS = (1, 2, 3, 4)
 _CHUNKS = (None, None, 64, 96, 160)
@@ -115,8 +118,37 @@ def draw(
     return [*plain, *drawn][:count]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfParts:
+    """A variant of a model of which only parts are there, one after another; opened on each of them.
+
+    Each part draws by its own name, so that it computes the same however the parts come.
+    """
+
+    variant: Draw
+    config: Any
+
+    def __call__(self, name: str, module: torch.nn.Module) -> AbstractContextManager[None]:
+        """Let a part compute as the variant says."""
+        seed = self.variant.seed
+        # A hash of text that is the same in every process.
+        drawn = None if seed is None else seed ^ zlib.crc32(name.encode())
+        return applied(_Part(config=self.config, named_modules=module.named_modules), replace(self.variant, seed=drawn))
+
+    def __str__(self) -> str:
+        return f"{self.variant} ({self.variant.seed})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A part of a model that answers what a model is asked for here."""
+
+    config: Any
+    named_modules: Callable[[], Iterator[tuple[str, torch.nn.Module]]]
+
+
 @contextmanager
-def applied(model: PreTrainedModel, variant: Draw) -> Iterator[None]:
+def applied(model: PreTrainedModel | _Part, variant: Draw) -> Iterator[None]:
     """Let ``model`` compute as ``variant`` says; undone on exit."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -130,7 +162,9 @@ def applied(model: PreTrainedModel, variant: Draw) -> Iterator[None]:
             stack.enter_context(_wide_products())
         if variant.attention is not None:
             model.config._attn_implementation = variant.attention
-        summed = plans.summed_layers(model) if variant.ordered is not None else frozenset()
+        summed: frozenset[str] = frozenset()
+        if variant.ordered is not None and not isinstance(model, _Part):
+            summed = plans.summed_layers(model)
         for name, module in model.named_modules():
             forward: Callable[..., torch.Tensor] | None = None
             if variant.ordered is not None and name in summed:
@@ -418,6 +452,40 @@ def measure_floor(
     if len(used) < count:
         return None
     return condense_floor(shown, centre, directions, len(requests), vocabulary, tuple(used))
+
+
+def streamed_floor(
+    engine: StreamEngine,
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    centre: Rows,
+    *,
+    prompts: int,
+    count: int,
+    seed: int = 0,
+) -> Floor | None:
+    """As `measure_floor`, by a streamed model: all variants in one pass over its weights, prompts in one piece.
+
+    Args:
+        engine: open, in the precision to be measured.
+        sequences: prompt and continuation.
+        starts: where the continuation of each begins.
+        centre: what errors are taken from.
+        prompts: how many requests the rows are of.
+        count: how many replicas.
+        seed: of the draws.
+
+    Returns:
+        The floor, or None where a variant is not finite in that precision.
+    """
+    config = engine.skeleton.model.config
+    wide = engine.settings["dtype"] == "float16"
+    drawn = [replace(one, chunk=None) for one in draw(count, seed, kernels_of(engine.skeleton.model), wide=wide)]
+    variants = [None, *(OfParts(variant=one, config=config) for one in drawn[1:])]
+    shown = engine.score(sequences, starts, variants=variants)
+    if any(rows.nonfinite.any() for rows in shown):
+        return None
+    return condense_floor(shown, centre, [], prompts, engine.vocabulary, tuple(map(str, drawn)))
 
 
 def condense_floor(

@@ -20,12 +20,13 @@ from harness.cli.models import models
 from harness.cli.power import power
 from harness.cli.records import record
 from harness.cli.runs import run
+from harness.cli.verify import verify
 from harness.errors import HarnessError
 
 _INTERRUPTED = 130
 
 #: Commands that open engines, and thus can be started as several ranks by an outer launcher.
-_WITH_ENGINES = ("check", "record", "run")
+_WITH_ENGINES = ("check", "record", "run", "verify")
 
 
 def main() -> None:
@@ -89,5 +90,7 @@ def cli() -> None:
     """
 
 
-for command in (check, locate, record, run, compare, gate, bench, lint, power, models, convert, doctor, schema):
+for command in (
+    check, verify, locate, record, run, compare, gate, bench, lint, power, models, convert, doctor, schema,
+):  # fmt: skip
     cli.add_command(command)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 )
 @click.option("--update", is_flag=True, help="Replace the golden that is there; alone, from its own model and suite.")
 @click.option("--reason", metavar="TEXT", help="Why, kept in the golden's history; needed beyond round-off.")
+@click.option("--stream", metavar="SPEC", help="Stream a model that does not fit into memory: stream:key=value,...")
+@click.option(
+    "--draft", metavar="SPEC|FILE", help="What proposes continuations to --stream; prompt look-up by default."
+)
 @click.option("--certificate", is_flag=True, help="Also say which bugs a check of it sees: certificate.json beside it.")
 def record(
     model: str | None,
@@ -35,6 +39,8 @@ def record(
     tensor_parallel: tuple[int, ...],
     update: bool,
     reason: str | None,
+    stream: str | None,
+    draft: str | None,
     certificate: bool,
 ) -> int:
     """Record a golden: the reference's tokens and logits, and its own round-off in fp32, bf16 and fp16.
@@ -42,6 +48,7 @@ def record(
     \b
     harness record --model path/to/model --suite prompts/core.toml --out golden/my-model/core
     harness record --update --out golden/my-model/core --reason "retrained"
+    harness record --model path/to/large --suite FILE --out golden/large/core --stream stream --draft said.jsonl
 
     An update first shows, prompt by prompt, what changes. Beyond round-off it is refused without a reason.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
@@ -53,6 +60,8 @@ def record(
         raise UsageError("nothing to record from", fix="Give --model DIR and --suite FILE")
     if model is None and tensor_parallel:
         raise UsageError("an update alone keeps the floors that are there", fix="Give --model and --suite as well")
+    if stream is None and draft is not None:
+        raise UsageError("only a streamed recording takes a draft", fix="Add --stream stream")
     from harness import flow
 
     directory = _certified(out, model) if certificate else None
@@ -69,6 +78,8 @@ def record(
                     parallel=tensor_parallel,
                     update=update,
                     reason=reason,
+                    stream=stream,
+                    draft=draft or "lookup",
                     show=changes.append,
                     progress=progress,
                 )
@@ -118,6 +129,12 @@ def _report(golden: Golden, out: Path) -> None:
 
     steps = int(golden.rows.generated.sum())
     click.echo(f"recorded {out}: {len(golden.requests)} prompts, {steps} tokens, reference in {golden.precision}")
+    settings = golden.provenance["settings"]
+    if golden.provenance["engine"] == "stream":
+        wrong = ", ".join(f"{name} {count}" for name, count in settings["mistakes"].items())
+        click.echo(
+            f"  {settings['passes']} passes over the weights; mistakes of the draft {settings['draft']}: {wrong}"
+        )
     for note in (golden.provenance["precision_reason"], *golden.provenance["left_out"].items()):
         if note:
             click.echo(f"  note: {note if isinstance(note, str) else ': '.join(note)}")

@@ -162,14 +162,22 @@ class _Entries:
         return entry_ratios(ids, logits, centre, step, noise)
 
 
-def _on_golden(context: Context, index: Int64, token: Int64, name: str, entries: _Entries | None = None) -> Steps:
+def own_steps(context: Context, name: str) -> Steps:
+    """The tokens of a golden whose continuations are the candidate's own: the reference's choice is its best entry."""
+    token = _golden_tokens(context.golden)
+    return _on_golden(context, np.arange(len(token)), token, name, is_own=True)
+
+
+def _on_golden(
+    context: Context, index: Int64, token: Int64, name: str, entries: _Entries | None = None, *, is_own: bool = False
+) -> Steps:
     centre, golden, floor = context.centre, context.golden, context.floor
     request = golden.rows.request[golden.rows.generated][index].astype(np.int64)
     firsts = np.array([context.first_step(i) for i in range(len(golden.requests))], dtype=np.int64)
     ids, logits = centre.top_ids[index], centre.top_logits[index]
     noise = np.zeros(len(index)) if floor is None else floor.pair[index].astype(np.float64)
     # The golden's own token is the reference's choice, also where two logits tie to the last bit.
-    chosen = _golden_tokens(golden)[index]
+    chosen = ids[:, 0] if is_own else _golden_tokens(golden)[index]
     return Steps(
         name=name,
         request=request,
@@ -281,6 +289,17 @@ def check(context: Context) -> list[Finding]:
             )
         )
     return [*found, *_coverage(context, every)]
+
+
+def judge_own(context: Context, steps: Steps, passes: int) -> list[Finding]:
+    """T1, T2 and T3 of the candidate's own continuations, as `own_steps` gives them.
+
+    ``passes`` are the runs that they are of, which flip the same steps.
+    """
+    if context.floor is None:
+        return _without_floor(context, [steps])
+    found = [*_ties(context, steps), *_diffuse(context, steps, passes, whole=True)]
+    return [*found, *_coverage(context, [steps])]
 
 
 def every_free(context: Context) -> tuple[list[Steps], int]:

@@ -13,8 +13,11 @@ from harness.flow.recording import record, rerecord
 from harness.flow.references import reference_directory, reference_model
 from harness.flow.reproducing import reproduce
 from harness.flow.running import run
+from harness.flow.verifying import REPLICAS as VERIFY_REPLICAS
+from harness.flow.verifying import verify
 
 __all__ = [
+    "VERIFY_REPLICAS",
     "Cell",
     "bench",
     "candidates",
@@ -32,4 +35,5 @@ __all__ = [
     "reproduce",
     "rerecord",
     "run",
+    "verify",
 ]

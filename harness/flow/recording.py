@@ -13,11 +13,13 @@ from typing import Any
 from harness import checkpoint, store, suites
 from harness.changes import compare_goldens
 from harness.engines import build_engine, hf
-from harness.engines.spec import is_port
+from harness.engines.spec import is_port, parse_spec
+from harness.engines.streaming import engine as streaming
 from harness.environment import machine, versions
 from harness.errors import GoldenError, ModelError, UsageError
-from harness.flow.references import beside, read
+from harness.flow.references import beside, model_name, read
 from harness.flow.running import silent
+from harness.flow.speculating import LOOK_UP, observe_streamed
 from harness.numerics.constants import EFFECT, REPLICAS
 from harness.reference import Observed, observe, observe_foreign
 from harness.values import Changes, Golden, Kind, ModelRef, Request, Suite
@@ -43,6 +45,8 @@ def record(
     parallel: Sequence[int] = (),
     update: bool = False,
     reason: str | None = None,
+    stream: str | None = None,
+    draft: str = LOOK_UP,
     show: Show = _nobody,
     progress: Progress = silent,
 ) -> Golden:
@@ -58,6 +62,8 @@ def record(
         parallel: sizes of tensor parallelism that candidates will declare; each gets floors of its own.
         update: replace a golden that is there, if the change is round-off or a reason is given.
         reason: why, kept in the golden's history.
+        stream: for a model that is larger than memory, the SPEC that it is streamed by, ``stream`` with its keys.
+        draft: what then proposes continuations: ``lookup``, the SPEC of an engine, or a file of what one has said.
         show: called with what an update changes, before anything is written or refused.
         progress: called with a few words before each step.
 
@@ -78,7 +84,10 @@ def record(
     suite_path = None if isinstance(suite, Suite) else Path(suite)
     suite = suite if isinstance(suite, Suite) else suites.load_suite(suite)
     work = _Work(suite=suite, precisions=precisions, replicas=replicas, parallel=parallel, progress=progress)
-    seen = _foreign(str(model), work) if is_port(str(model)) else _own(Path(model), work)
+    if stream is not None:
+        seen = _streamed(Path(model), work, stream, draft)
+    else:
+        seen = _foreign(str(model), work) if is_port(str(model)) else _own(Path(model), work)
     golden = Golden(
         name=f"{out.resolve().parent.name}/{out.resolve().name}",
         suite=suite,
@@ -206,7 +215,7 @@ def _own(model: Path, work: _Work) -> _Seen:
         engine="hf",
         settings=settings,
         model=ModelRef(
-            name=_model_name(model),
+            name=model_name(model),
             path=None,
             digest=identity.digest,
             signature=identity.signature,
@@ -226,6 +235,63 @@ def _own(model: Path, work: _Work) -> _Seen:
             parallel=work.parallel,
             progress=work.progress,
         ),
+    )
+
+
+def _streamed(model: Path, work: _Work, stream: str, draft: str) -> _Seen:
+    """A transformers model that is streamed: its tokens by speculation, floors where they can be had so.
+
+    Raises:
+        UsageError: for another engine, or a floor of tensor parallelism.
+    """
+    parsed = parse_spec(stream)
+    if parsed.engine != "stream" or work.parallel:
+        raise UsageError(
+            f"{stream} cannot be streamed, or not with tensor parallelism", fix="Write stream:key=value,... alone"
+        )
+    engine = streaming.build(parsed, model=str(model))
+    # As fine as a block in memory allows: the weights of a large model are in 16 bits.
+    engine.options = replace(engine.options, dtype=engine.options.dtype or "float32")
+    with engine:
+        work.progress("resolving prompts")
+        requests, vocabulary = engine.resolve(work.suite), engine.vocabulary
+        stop_ids = engine.stop_ids if work.suite.stop == "eos" else frozenset()
+        tokenizer = suites.tokenizer_digest(engine.tokenizer)
+        work.progress("digest of the checkpoint")
+        identity = checkpoint.identify(model)
+        found = observe_streamed(
+            engine,
+            requests,
+            draft=draft,
+            stop_ids=stop_ids,
+            precisions=work.precisions,
+            replicas=work.replicas,
+            progress=work.progress,
+        )
+        mistakes = {request.id: wrong for request, wrong in zip(requests, found.mistakes, strict=True)}
+        settings = {
+            "model": engine.settings["model"],
+            "attn": engine.settings["attn"],
+            "passes": found.rounds,
+            "draft": Path(draft).name,
+            "mistakes": mistakes,
+        }
+    return _Seen(
+        engine="stream",
+        settings=settings,
+        model=ModelRef(
+            name=model_name(model),
+            path=None,
+            digest=identity.digest,
+            signature=identity.signature,
+            dtype=identity.dtype,
+        ),
+        directory=model,
+        requests=requests,
+        tokenizer_digest=tokenizer,
+        stop_ids=stop_ids,
+        vocabulary=vocabulary,
+        observed=found.observed,
     )
 
 
@@ -251,7 +317,7 @@ def _foreign(spec: str, work: _Work) -> _Seen:
         engine=spec,
         settings=settings,
         model=ModelRef(
-            name=str(settings["model"]) if directory is None else _model_name(directory),
+            name=str(settings["model"]) if directory is None else model_name(directory),
             path=None,
             digest="" if identity is None else identity.digest,
             signature="" if identity is None else identity.signature,
@@ -264,12 +330,6 @@ def _foreign(spec: str, work: _Work) -> _Seen:
         vocabulary=vocabulary,
         observed=observed,
     )
-
-
-def _model_name(path: Path) -> str:
-    """The directory's name; for golden/NAME/model it is NAME."""
-    path = path.resolve()
-    return path.parent.name if path.name == "model" else path.name
 
 
 def _relative(path: Path, start: Path) -> str | None:

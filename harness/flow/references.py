@@ -49,6 +49,12 @@ def beside(golden: Golden) -> Path | None:
     return Path(os.path.normpath(Path(golden.directory) / path))
 
 
+def model_name(path: Path) -> str:
+    """The directory's name; for golden/NAME/model it is NAME."""
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
 def reference_model(
     golden: Golden | str | Path, path: str | Path | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:

@@ -275,6 +275,7 @@ class StreamEngine(Engine):
         variants: Sequence[Variant | None] = (None,),
         basis: NDArray[np.float64] | None = None,
         fingerprints: bool = False,
+        keep: bool = False,
     ) -> list[Rows]:
         """Rows of every sequence, for each variant, all from one pass over the weights.
 
@@ -285,6 +286,7 @@ class StreamEngine(Engine):
             variants: ways to compute, None being the plain one.
             basis: as a Sketcher's.
             fingerprints: as a Sketcher's.
+            keep: leave the result in the directory ``work``: asked for again, it is there.
 
         Raises:
             HarnessError: before the first block is read, for what would fail later.
@@ -311,6 +313,8 @@ class StreamEngine(Engine):
             else self.options.read == "direct",
             budget=int(self.options.hidden_gb * _GB),
             directory=work,
+            late=self._dtype != self._native and preflight.is_large(self.skeleton, self._dtype),
+            keep=keep and work is not None,
             work=self._work_digest(sequences, starts, [str(variant) for variant in variants]),
         )
         estimate = preflight.check(self.skeleton, settings, together, len(variants))
@@ -350,6 +354,11 @@ class StreamEngine(Engine):
         config = self.skeleton.model.config.to_json_string()
         how = [self._load, self._dtype, self.options.attn, self._widens, versions()]
         return _digest([files.stamp(self._places), config, how, *what])
+
+
+def digest_of(*what: Any) -> str:
+    """SHA-256 of plain values: names a piece of work."""
+    return _digest(list(what))
 
 
 def _digest(content: Any) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 PROGRESS = "progress.json"
+#: The stage of work that is done, and whose sums are kept.
+FINISHED = "finished"
 
 
 class States:
@@ -122,7 +124,7 @@ class States:
         if arrays is not None:
             from safetensors.torch import save
 
-            document["sums"] = f"sums-{words['done']}.safetensors"
+            document["sums"] = f"sums-{words['stage']}-{words['done']}.safetensors"
             replace_file(self._committed / document["sums"], save({k: v.contiguous() for k, v in arrays.items()}))
         document["digest"] = content_digest(document)
         replace_file(self._committed / PROGRESS, (json.dumps(document) + "\n").encode())
@@ -132,9 +134,11 @@ class States:
     def resume(self) -> dict[str, Any] | None:
         """The words of the last commit of this very work, its states current again; None to start at the beginning."""
         words = None if self._committed is None else progress_in(self._committed)
-        if words is None or self._committed is None or words.get("work") != self._work or not words.get("hidden"):
+        if words is None or self._committed is None or words.get("work") != self._work:
             self._clear()
             return None
+        if words.get("hidden") is None and words.get("stage") == FINISHED:
+            return words
         file = self._committed / str(words["hidden"])
         if not file.is_file() or file.stat().st_size != self.bytes:
             self._clear()
@@ -154,17 +158,29 @@ class States:
         assert self._committed is not None
         return load_file(self._committed / str(words["sums"])) if words.get("sums") else {}
 
-    def finish(self) -> None:
-        """Nothing is left to go on from."""
-        self._clear()
+    def finish(self, arrays: Mapping[str, torch.Tensor] | None) -> None:
+        """Nothing is left to go on from; with arrays these stay, for whoever asks for the same work again."""
+        if arrays is None:
+            self._clear()
+            return
+        file, self._file = self._file, None
+        self.note({"stage": FINISHED, "done": 0}, arrays)
+        if file is not None and self._committed is not None:
+            file.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        if self._committed is None or not self._committed.is_dir():
-            return
-        (self._committed / PROGRESS).unlink(missing_ok=True)
-        for path in [*self._committed.glob("hidden-*.bin"), *self._committed.glob("sums-*.safetensors")]:
-            path.unlink(missing_ok=True)
-        sync(self._committed)
+        if self._committed is not None:
+            forget(self._committed)
+
+
+def forget(directory: Path) -> None:
+    """Remove what was committed there, and nothing else."""
+    if not directory.is_dir():
+        return
+    (directory / PROGRESS).unlink(missing_ok=True)
+    for path in [*directory.glob("hidden-*.bin"), *directory.glob("sums-*.safetensors")]:
+        path.unlink(missing_ok=True)
+    sync(directory)
 
 
 def progress_in(directory: Path) -> dict[str, Any] | None:

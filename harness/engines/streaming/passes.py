@@ -23,9 +23,9 @@ from torch import nn
 
 from harness.engines.streaming.files import FLOATS, Place
 from harness.engines.streaming.grouping import Group
-from harness.engines.streaming.hidden import States
+from harness.engines.streaming.hidden import FINISHED, States
 from harness.engines.streaming.reading import Piece, Reader
-from harness.engines.streaming.skeleton import Skeleton
+from harness.engines.streaming.skeleton import Skeleton, linear_weights, multiplied_in_parts, widened_late
 from harness.errors import ModelError
 from harness.numerics.sliced import SlicedSketch
 
@@ -48,6 +48,8 @@ class Settings:
         direct: read past the page cache.
         budget: bytes of hidden states that stay in memory.
         directory: where to commit after each block, None for nowhere.
+        late: hold a block as it is stored, and cast each Linear only while it computes.
+        keep: leave the sums there when all is done.
         work: digest of what is done.
     """
 
@@ -57,6 +59,8 @@ class Settings:
     direct: bool
     budget: int
     directory: Path | None
+    late: bool
+    keep: bool
     work: str
 
     @property
@@ -126,15 +130,17 @@ class Pass:
         ):
             words = states.resume() or {"stage": "blocks", "done": 0}
             self._tuples = bool(words.get("tuples"))
-            if words["stage"] == "head":
+            if words["stage"] != "blocks":
                 for name, sums in _nested(states.arrays(words)).items():
                     self._sketch(int(name)).restore(sums)
+            if words["stage"] == FINISHED:
+                return
             blocks = self.skeleton.block_places()
             first_block = words["done"] if words["stage"] == "blocks" else len(blocks)
             first_slice = words["done"] if words["stage"] == "head" else 0
             slices = self._slices()
             pieces = [*blocks[first_block:], *([one for _, one in slices][first_slice:])]
-            buffers = 1 if self.settings.copies else 2
+            buffers = 1 if self.settings.copies and not self.settings.late else 2
             with (
                 self.skeleton_outer(),
                 Reader(pieces, direct=self.settings.direct, buffers=buffers) as reader,
@@ -147,7 +153,7 @@ class Pass:
                 with self._headed():
                     for index in range(first_slice, len(slices)):
                         self._slice(index, slices, arriving, states)
-            states.finish()
+            states.finish(self._sums() if self.settings.keep else None)
 
     # --- before and behind the blocks --------------------------------------------------------------
 
@@ -176,7 +182,7 @@ class Pass:
             inner = (*skeleton.blocks, skeleton.embedding, skeleton.head)
             for name in skeleton.places:
                 if not name.startswith(tuple(f"{one}." for one in inner)):
-                    stack.enter_context(skeleton.filled(name, outer.__getitem__))
+                    stack.enter_context(skeleton.filled(name, outer.__getitem__, lambda tensor: tensor))
             if self.settings.device != "cpu":
                 for module in skeleton.model.modules():
                     for key, buffer in module._buffers.items():
@@ -249,11 +255,16 @@ class Pass:
         piece = next(arriving)
         waited = time.perf_counter()
         name, module = list(self.skeleton.blocks.items())[index]
-        with self.skeleton.filled(f"{name}.", lambda tensor: self._cast(piece.tensor(tensor))):
-            if self.settings.copies:
+        late = linear_weights(module, f"{name}.") if self.settings.late else set()
+        with self.skeleton.filled(f"{name}.", piece.tensor, self._cast, late):
+            if self.settings.copies and not late:
                 piece.release()
             for item, variant, group in self._items():
                 with ExitStack() as stack:
+                    if late and variant is None:
+                        stack.enter_context(multiplied_in_parts(module, self._cast))
+                    elif late:  # a variant has products of its own, and wants weights
+                        stack.enter_context(widened_late(module, self._cast))
                     if variant is not None:
                         stack.enter_context(variant(name, module))
                     states.write(item, self._through(index, module, item, group, variant, states))
@@ -362,12 +373,16 @@ class Pass:
             del head.forward
         piece.release()
         if self.settings.directory is not None:
-            sums = {
-                f"{item}.{name}": tensor for item, _, _ in self._items()
-                for name, tensor in self._sketch(item).state().items()
-            }  # fmt: skip
-            states.note({"stage": "head", "done": index + 1, "tuples": self._tuples}, sums)
+            states.note({"stage": "head", "done": index + 1, "tuples": self._tuples}, self._sums())
         self._note(f"{self.skeleton.head} columns from {column}", piece, started, waited)
+
+    def _sums(self) -> dict[str, torch.Tensor]:
+        """What all sketches carry, by the index of their states and name."""
+        return {
+            f"{item}.{name}": tensor
+            for item, _, _ in self._items()
+            for name, tensor in self._sketch(item).state().items()
+        }
 
     def _sketch(self, item: int) -> SlicedSketch:
         return self.sketches[item // len(self.groups)][item % len(self.groups)]

@@ -26,6 +26,8 @@ _PROBE = 2**27
 _ROWS, _WIDTH = 512, 4096
 #: Below this a pass is over before it could be timed.
 _SMALL = 2**30
+#: Bytes of a block from which its layers are widened one by one: again for every group, but one at a time.
+LARGE_BLOCK = 2**30
 _SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -66,6 +68,9 @@ def check(skeleton: Skeleton, settings: Settings, groups: Sequence[Group], varia
     tokens = sum(group.ids_BT.size for group in groups)
     hidden = tokens * skeleton.embedding_place.shape[1] * size * variants
     weights = largest + widened if settings.copies else 2 * largest
+    if settings.late:
+        layer = max(_elements([place]) for block in blocks for place in block) * size
+        weights = 2 * largest + (layer if variants > 1 else 0)
     memory = weights + min(hidden, settings.budget) + _activations(skeleton, groups, size)
     disk = 2 * hidden if settings.directory is not None or hidden > settings.budget else 0
     free = reading.available_memory()
@@ -87,6 +92,11 @@ def check(skeleton: Skeleton, settings: Settings, groups: Sequence[Group], varia
         read_seconds=read / read_speed(_largest_file(blocks), settings.direct) if timed else 0.0,
         compute_seconds=operations / multiply_speed(settings.dtype) if timed else 0.0,
     )
+
+
+def is_large(skeleton: Skeleton, dtype: str) -> bool:
+    """Whether a block in this dtype is so large that no more of it than one layer should be there."""
+    return max(map(_elements, skeleton.block_places())) * _SIZES[dtype] > LARGE_BLOCK
 
 
 def reads_directly(places: Mapping[str, Place]) -> bool:

@@ -192,7 +192,8 @@ class Reader:
 def _memory(size: int) -> mmap.mmap:
     """Anonymous memory, in huge pages where the system has them: matrix products read it line by line."""
     try:
-        buffer = mmap.mmap(-1, max(size, _SECTOR))
+        # Private: shared memory has no huge pages by itself.
+        buffer = mmap.mmap(-1, max(size, _SECTOR), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         problem = f"there is no memory for a piece of {size / 1e9:.1f} GB"
         raise EngineError(problem, fix="Use a machine with more, or a checkpoint in 16 bits") from error

@@ -6,7 +6,7 @@ constants) is there. A part is filled with tensors for as long as it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Names that checkpoints keep from before transformers changed them.
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
+
+#: Bytes of the rows of a weight that are widened at a time, in float32.
+_PART_BYTES = 2**24
 
 #: Gives the tensor of a name.
 Tensors = Callable[[str], torch.Tensor]
@@ -89,15 +92,83 @@ class Skeleton:
         return _unique(place for name, place in self.places.items() if name.startswith(prefix))
 
     @contextmanager
-    def filled(self, prefix: str, tensors: Tensors) -> Iterator[None]:
-        """The parameters whose names begin so hold their tensors inside, and are empty again behind."""
-        names = [name for name in self.places if name.startswith(prefix)]
-        before = {name: _swap(self.model, name, tensors(self.places[name].name)) for name in names}
+    def filled(
+        self, prefix: str, tensors: Tensors, cast: Callable[[torch.Tensor], torch.Tensor], late: Container[str] = ()
+    ) -> Iterator[None]:
+        """The parameters whose names begin so hold their tensors inside, and are empty again behind.
+
+        All are cast but those whose names are in ``late``.
+        """
+        before = {}
+        for name, place in self.places.items():
+            if name.startswith(prefix):
+                tensor = tensors(place.name)
+                before[name] = _swap(self.model, name, tensor if name in late else cast(tensor))
         try:
             yield
         finally:
             for name, tensor in before.items():
                 _swap(self.model, name, tensor)
+
+
+@contextmanager
+def widened_late(module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Each Linear of a part holds its weight as it is stored, and the cast of it only while it computes."""
+    stored: dict[nn.Module, nn.Parameter] = {}
+    hooks = []
+
+    def before(linear: nn.Module, _given: Any) -> None:
+        stored[linear] = weight = linear.get_parameter("weight")
+        linear._parameters["weight"] = nn.Parameter(cast(weight.data), requires_grad=False)
+
+    def behind(linear: nn.Module, _given: Any, _result: Any) -> None:
+        linear._parameters["weight"] = stored.pop(linear)
+
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            hooks += [linear.register_forward_pre_hook(before), linear.register_forward_hook(behind)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def multiplied_in_parts(module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Each Linear of a part casts some rows of its weight at a time, which are multiplied while they are in the cache.
+
+    A widened copy of a whole layer would go out to memory and come back, and is several gigabytes.
+    """
+    patched = [linear for linear in module.modules() if type(linear) is nn.Linear]
+    for linear in patched:
+        linear.forward = _in_parts(linear, cast)
+    try:
+        yield
+    finally:
+        for linear in patched:
+            del linear.forward
+
+
+def _in_parts(
+    linear: nn.Linear, cast: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight, bias = linear.weight.data, linear.bias
+    rows = max(1, _PART_BYTES // (4 * weight.shape[1]))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        result = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        for start in range(0, weight.shape[0], rows):
+            part = slice(start, start + rows)
+            result[..., part] = nn.functional.linear(x, cast(weight[part]), None if bias is None else bias[part])
+        return result
+
+    return forward
+
+
+def linear_weights(module: nn.Module, prefix: str) -> set[str]:
+    """Names of the weights that `widened_late` casts."""
+    return {f"{prefix}{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
 def _unique(places: Iterable[Place]) -> list[Place]:

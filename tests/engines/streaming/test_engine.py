@@ -90,6 +90,15 @@ def test_a_slice_and_a_spill_change_nothing(models, monkeypatch):
     np.testing.assert_allclose(plain.logsumexp, cut.logsumexp, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "llama"])
+def test_layers_that_are_widened_one_by_one_give_the_same(models, monkeypatch, kind):
+    """Cast while they compute or all at once, the weights are the same, and so is every bit."""
+    at_once = rows("stream:dtype=float32", models / kind)
+    monkeypatch.setattr(preflight, "LARGE_BLOCK", 0)
+    one_by_one = rows("stream:dtype=float32", models / kind)
+    np.testing.assert_array_equal(at_once.projections, one_by_one.projections)
+
+
 def test_one_pass_serves_the_whole_suite(models, monkeypatch):
     """Asked for the same rows again it reads nothing; asked for others it does."""
     with build_engine("stream", model=str(models / "gpt2")) as engine:

@@ -102,8 +102,23 @@ def test_progress_of_other_work_is_not_gone_on_from(tmp_path):
             words.append(states.resume())
             if words[-1]:
                 assert states.read(0).tolist() == torch.ones(1, 2, 3).tolist()
-            states.finish()
+            states.finish(None)
     assert [one is not None for one in words] == [True, False, False, False]
+
+
+def test_a_result_that_is_kept_is_there_again(tmp_path, monkeypatch):
+    """Asked to keep, a pass leaves its result for the same work, and reads nothing when it is asked again."""
+    from harness.engines.streaming import reading
+
+    random_model("llama", dtype="bfloat16").save_pretrained(tmp_path / "model")
+    with build_engine(f"stream:work={tmp_path}/work", model=str(tmp_path / "model")) as engine:
+        first = engine.score([list(range(3, 9))], [2], keep=True)[0]
+        monkeypatch.setattr(reading.Reader, "_read", lambda *_a: pytest.fail("read again"))
+        again = engine.score([list(range(3, 9))], [2], keep=True)[0]
+    np.testing.assert_array_equal(first.projections, again.projections)
+    assert not list((tmp_path / "work").glob("hidden-*"))
+    hidden.forget(tmp_path / "work")
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):

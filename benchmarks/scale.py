@@ -1,0 +1,237 @@
+"""What streaming costs: memory, the share of what disk and processor can do, and how it grows.
+
+    python benchmarks/scale.py blocks       # blocks of BLOOM-176B's shapes, 22 GB of disk, 14 GB of memory
+    python benchmarks/scale.py verdicts     # a model of 1.4 billion parameters in 1.5 GB, correct and mutated
+    python benchmarks/scale.py record       # speculative recording: passes and mistakes by draft
+    python benchmarks/scale.py linear       # seconds over layers and prompts
+
+Checkpoints are made in a temporary directory (TMPDIR) and removed. Each pass is cold where that is said: what the page
+cache holds of the files is dropped before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from harness.conversion.shards import Planned, Writer, plan
+from harness.engines import build_engine
+from harness.engines.streaming import files, reading
+
+#: BLOOM-176B's shapes (bigscience/bloom, config.json).
+BLOOM_176B = {"hidden_size": 14336, "n_head": 112, "vocab_size": 250880, "seq_length": 2048}
+LAYERS_176B = 70
+#: A BLOOM of 1.4 billion parameters: bloom-1b7's width and vocabulary with fewer blocks.
+SMALL = {"hidden_size": 2048, "n_head": 16, "vocab_size": 250880, "seq_length": 2048, "n_layer": 18}
+_POOL = 2**26
+_SHARD = 5 * 10**9
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def bloom(directory: Path, **shapes: int) -> Path:
+    """A BLOOM checkpoint of random bf16 weights, written tensor by tensor."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("bloom", bos_token_id=1, eos_token_id=2, pad_token_id=3, **shapes)
+    config.architectures = ["BloomForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(directory)
+    width, pool = shapes["hidden_size"], torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
+    pool = torch.cat([pool, pool]).to(torch.bfloat16)
+    planned = [Planned(name=name, shape=shape, dtype="bfloat16") for name, shape in _tensors(width, shapes)]
+    with Writer(directory, plan(planned, _SHARD)) as writer:
+        for number, one in enumerate(planned):
+            writer.write(one.name, _random(one, number, pool, width))
+    return directory
+
+
+def _tensors(width: int, shapes: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "transformer.word_embeddings.weight", (shapes["vocab_size"], width)
+    for end in ("word_embeddings_layernorm", "ln_f"):
+        yield from _affine(f"transformer.{end}", width)
+    for layer in range(shapes["n_layer"]):
+        block = f"transformer.h.{layer}"
+        yield from _affine(f"{block}.input_layernorm", width)
+        yield from _affine(f"{block}.self_attention.query_key_value", 3 * width, width)
+        yield from _affine(f"{block}.self_attention.dense", width, width)
+        yield from _affine(f"{block}.post_attention_layernorm", width)
+        yield from _affine(f"{block}.mlp.dense_h_to_4h", 4 * width, width)
+        yield from _affine(f"{block}.mlp.dense_4h_to_h", width, 4 * width)
+
+
+def _affine(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
+
+
+def _random(one: Planned, number: int, pool: torch.Tensor, width: int) -> torch.Tensor:
+    """Normal numbers of a sensible size: pieces of one pool, from a place of the tensor's own."""
+    count = math.prod(one.shape)
+    parts = [pool[(number * 7919 + k * 104729) % _POOL :][:_POOL] for k in range(-(-count // _POOL))]
+    drawn = torch.cat(parts)[:count].reshape(one.shape)
+    if len(one.shape) == 1:
+        return drawn * 0.1 + (1.0 if one.name.endswith("weight") else 0.0)
+    return drawn if "embeddings" in one.name else drawn.mul_(1.5 / math.sqrt(one.shape[1]))
+
+
+def drop(directory: Path) -> None:
+    """What the page cache holds of these files is forgotten."""
+    for path in directory.glob("*.safetensors"):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+class Memory:
+    """The most that this process had resident meanwhile, looked at every 20 ms: anonymous, and of mapped files."""
+
+    def __enter__(self) -> Self:
+        self.anonymous = self.mapped = self.together = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            anonymous, file, shared = (int(words[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "RssShmem"))
+            self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, file + shared)
+            self.together = max(self.together, anonymous + file + shared)
+
+    def __str__(self) -> str:
+        return (
+            f"peak memory {self.together / 1e9:.2f} GB resident "
+            f"(anonymous at most {self.anonymous / 1e9:.2f}, mapped files at most {self.mapped / 1e9:.2f})"
+        )
+
+
+def disk_limit(places: Sequence[files.Place]) -> float:
+    """Bytes a second that the disk gives to direct reads of these tensors and nothing else."""
+    size = sum(place.bytes for place in places)
+    started = time.perf_counter()
+    with reading.Reader([places], direct=True, buffers=1) as reader:
+        for piece in reader:
+            piece.release()
+    return size / (time.perf_counter() - started)
+
+
+def matmul_limit(tokens: int, width: int, dtype: torch.dtype) -> float:
+    """Operations a second of the block's largest product alone, the best of three."""
+    a = torch.randn((tokens, width)).to(dtype)
+    b = torch.randn((4 * width, width // 8)).to(dtype).repeat(1, 8)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * tokens * width * 4 * width / best
+
+
+def sequences(prompts: int, tokens: int, vocabulary: int) -> list[list[int]]:
+    """Token ids that tell nothing."""
+    drawn = torch.randint(3, vocabulary, (prompts, tokens), generator=torch.Generator().manual_seed(1))
+    return drawn.tolist()
+
+
+@contextmanager
+def place() -> Iterator[Path]:
+    """A temporary directory, removed whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="harness-scale-") as found:
+        yield Path(found)
+
+
+# --- a block of 176B -------------------------------------------------------------------------------
+
+
+def blocks(arguments: argparse.Namespace) -> None:
+    """Cold passes over blocks of BLOOM-176B's shapes."""
+    shapes = {**BLOOM_176B, "n_layer": arguments.layers}
+    with place() as directory:
+        if arguments.checkpoint is not None:
+            directory = arguments.checkpoint
+        if not (directory / "config.json").exists():
+            bloom(directory, **shapes)
+        width, prompts, tokens = shapes["hidden_size"], arguments.prompts, arguments.tokens
+        work = sequences(prompts, tokens + 1, shapes["vocab_size"])
+        found = files.survey(directory)
+        first = [one for name, one in found.items() if name.startswith("transformer.h.0.")]
+        drop(directory)
+        dtype = arguments.dtype
+        disk, products = disk_limit(first), matmul_limit(prompts * tokens, width, getattr(torch, dtype))
+        size, count = sum(one.bytes for one in first), sum(math.prod(one.shape) for one in first)
+        print(f"a block: {size / 1e9:.2f} GB, {prompts} prompts of {tokens} tokens, {torch.get_num_threads()} threads")
+        for number in range(arguments.repeats):
+            drop(directory)
+            with Memory() as memory, build_engine(f"stream:dtype={dtype},read=direct", model=str(directory)) as engine:
+                started = time.perf_counter()
+                engine.score(work, [1] * prompts)  # type: ignore[attr-defined]
+                seconds = time.perf_counter() - started
+                took = engine.took  # type: ignore[attr-defined]
+            drop(directory)
+            disk = max(disk, disk_limit(first))  # it is not always as fast
+            read_limit = size / disk
+            drop(directory)
+            disk = max(disk, disk_limit(first))  # other work on the host makes it slower at times
+            products = max(products, matmul_limit(prompts * tokens, width, getattr(torch, dtype)))
+            read_limit, compute_limit = size / disk, 2.0 * count * prompts * tokens / products
+            own, head = took[: arguments.layers], took[arguments.layers :]
+            for one in own:
+                print(f"  {one.name}: read {one.read:.2f} s, waited {one.waited:.2f} s, computed {one.computed:.2f} s")
+            block = statistics.mean(one.waited + one.computed for one in own[1:])
+            rest = sum(one.waited + one.computed for one in head)
+            whole = LAYERS_176B * block + own[0].waited + rest
+            print(f"pass {number + 1}: {seconds:.1f} s, {memory}")
+            print(
+                f"  limits: {disk / 1e9:.2f} GB/s of direct reads, {products / 1e12:.3f} TFLOP/s of {dtype} products: "
+                f"{read_limit:.2f} s to read a block, {compute_limit:.2f} s to multiply with it"
+            )
+            print(
+                f"  a block, the next one read meanwhile: {block:.2f} s, {max(read_limit, compute_limit) / block:.0%} "
+                f"of the slower limit; the head {rest:.1f} s"
+            )
+            print(f"  computed for {LAYERS_176B} blocks: {whole:.0f} s ({whole / 60:.1f} min)")
+
+
+COMMANDS: dict[str, Any] = {"blocks": blocks}
+
+
+def main() -> None:
+    """Run one of the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--layers", type=int, default=3, help="blocks of 176B's shapes")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", help="that blocks are computed in")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--checkpoint", type=Path, help="make it here, or use what is here, and keep it")
+    COMMANDS[parser.parse_args().command](parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
