@@ -12,14 +12,17 @@ cache holds of the files is dropped before.
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import math
 import os
+import shutil
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -131,13 +134,14 @@ class Memory:
 
 
 def disk_limit(places: Sequence[files.Place]) -> float:
-    """Bytes a second that the disk gives to direct reads of these tensors and nothing else."""
-    size = sum(place.bytes for place in places)
-    started = time.perf_counter()
-    with reading.Reader([places], direct=True, buffers=1) as reader:
+    """Bytes a second that the disk gives to direct reads of these tensors and nothing else.
+
+    Read twice into the same memory, the second time counts: the first clears its pages.
+    """
+    with reading.Reader([places, places], direct=True, buffers=1) as reader:
         for piece in reader:
             piece.release()
-    return size / (time.perf_counter() - started)
+    return piece.bytes / piece.seconds
 
 
 def matmul_limit(tokens: int, width: int, dtype: torch.dtype) -> float:
@@ -217,7 +221,136 @@ def blocks(arguments: argparse.Namespace) -> None:
             print(f"  computed for {LAYERS_176B} blocks: {whole:.0f} s ({whole / 60:.1f} min)")
 
 
-COMMANDS: dict[str, Any] = {"blocks": blocks}
+# --- a model that fits, in less than it needs ------------------------------------------------------
+
+
+def verdicts(arguments: argparse.Namespace) -> None:
+    """A model of 1.4 billion parameters streamed within 1.5 GB: what is said of it, and of three that are wrong."""
+    from harness import flow, suites
+
+    with place() as directory, ExitStack() as stack:
+        model = bloom(directory / "model", **SMALL)
+        gc.collect()
+        memory = stack.enter_context(Memory())
+        count = sum(math.prod(one.shape) for one in files.survey(model).values())
+        suite = suites.suite_from_dict(_suite(sequences(6, 16, SMALL["vocab_size"])), where="scale")
+        started = time.perf_counter()
+        spec = "stream:dtype=float64,read=direct"
+        flow.record(model, suite, out=directory / "golden", precisions=["float32"], replicas=16, stream=spec)
+        print(f"{count / 1e9:.2f} billion parameters, recorded in {time.perf_counter() - started:.0f} s, {memory}")
+        for name, candidate in {"correct": model, **wrong(model, directory)}.items():
+            started = time.perf_counter()
+            text = f"stream:dtype=float32,read=direct,model={candidate}"
+            verdict = flow.check(directory / "golden", text, reference=model)
+            seconds = time.perf_counter() - started
+            worst = max((one.ratio or 0.0 for one in verdict.passes), default=0.0)
+            print(f"  {name}: {verdict.status}, error {worst:.3g} x round-off, {seconds:.0f} s, {memory}")
+
+
+def _suite(prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    return {
+        "name": "scale", "description": "Token ids that tell nothing.", "stop": "ignore-eos", "max_new_tokens": 1,
+        "add_special_tokens": False,
+        "prompts": [{"id": f"p{number}", "ids": list(ids)} for number, ids in enumerate(prompts)],
+        "runs": [{"name": "batched", "views": ["prefill"], "quick": True}],
+    }  # fmt: skip
+
+
+def wrong(model: Path, directory: Path) -> dict[str, Path]:
+    """Three copies of a checkpoint with a bug each, made of links but for what differs."""
+    found = {}
+    for name in ("another epsilon", "two rows of one MLP swapped", "one bias of one block left out"):
+        copy = directory / name.replace(" ", "-")
+        copy.mkdir()
+        for path in model.iterdir():
+            (copy / path.name).symlink_to(path.resolve())
+        found[name] = copy
+    config = found["another epsilon"] / "config.json"
+    document = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps({**document, "layer_norm_epsilon": 1e-6}))
+    one = files.survey(model)["transformer.h.9.mlp.dense_h_to_4h.weight"]
+    rows = [_bytes(one.rows(index, index + 1)) for index in (7, 8)]
+    _patch(found["two rows of one MLP swapped"], [(one.rows(7, 8), rows[1]), (one.rows(8, 9), rows[0])])
+    one = files.survey(model)["transformer.h.3.self_attention.query_key_value.bias"]
+    _patch(found["one bias of one block left out"], [(one, bytes(one.bytes))])
+    return found
+
+
+def _bytes(one: files.Place) -> bytes:
+    with one.file.open("rb") as opened:
+        opened.seek(one.start)
+        return opened.read(one.bytes)
+
+
+def _patch(copy: Path, changes: Sequence[tuple[files.Place, bytes]]) -> None:
+    """Replace the link to a shard by a file that differs in these bytes."""
+    link = copy / changes[0][0].file.name
+    target = link.resolve()
+    link.unlink()
+    shutil.copyfile(target, link)
+    with link.open("r+b") as opened:
+        for one, content in changes:
+            opened.seek(one.start)
+            opened.write(content)
+
+
+# --- speculative recording ---------------------------------------------------------------------------
+
+
+def record(_arguments: argparse.Namespace) -> None:
+    """Passes over the weights and mistakes of a good draft and of a useless one; the tokens are those of the golden."""
+    from harness import flow, store
+
+    golden = store.read_golden("golden/bloom-tiny/core")
+    model, suite = Path("golden/bloom-tiny/model"), Path("prompts/core.toml")
+    with place() as directory:
+        nonsense = directory / "nonsense.jsonl"
+        lines = [
+            {"id": one.id, "prompt_ids": list(one.prompt_ids), "tokens": [5] * one.max_new_tokens}
+            for one in golden.requests
+        ]
+        nonsense.write_text("\n".join(map(json.dumps, lines)))
+        for name, draft in {
+            "the same weights in bf16": f"hf:dtype=bfloat16,model={model}",
+            "prompt look-up": "lookup",
+            "useless": str(nonsense),
+        }.items():
+            started = time.perf_counter()
+            found = flow.record(
+                model, suite, out=directory / name, precisions=[], stream="stream:dtype=float32", draft=draft
+            )
+            settings = found.provenance["settings"]
+            same = "exact" if found.generations == golden.generations else "NOT what plain greedy decoding gives"
+            counts = list(settings["mistakes"].values())
+            print(
+                f"{name}: {settings['passes']} passes for {len(counts)} prompts of "
+                f"{golden.suite.max_new_tokens} tokens, {same}; {time.perf_counter() - started:.0f} s"
+            )
+            print(f"  mistakes: {', '.join(f'{key} {value}' for key, value in settings['mistakes'].items())}")
+
+
+# --- how it grows --------------------------------------------------------------------------------------
+
+
+def linear(_arguments: argparse.Namespace) -> None:
+    """Seconds over the number of layers and of prompts."""
+    shapes = {"hidden_size": 2048, "n_head": 16, "vocab_size": 4096, "seq_length": 2048}
+    for layers, prompts in ((4, 8), (8, 8), (16, 8), (8, 16), (8, 32)):
+        with place() as directory:
+            model = bloom(directory, **shapes, n_layer=layers)
+            drop(model)
+            with build_engine("stream:dtype=float32,read=direct", model=str(model)) as engine:
+                engine.score(sequences(prompts, 65, 4096), [1] * prompts)  # type: ignore[attr-defined]
+                took = engine.took[:layers]  # type: ignore[attr-defined]
+            blocks_took = sum(one.waited + one.computed for one in took)
+            print(
+                f"{layers:3} layers, {prompts:3} prompts of 64 tokens: blocks {blocks_took:6.2f} s, "
+                f"{1000 * blocks_took / layers / prompts:6.2f} ms a layer and prompt"
+            )
+
+
+COMMANDS: dict[str, Any] = {"blocks": blocks, "verdicts": verdicts, "record": record, "linear": linear}
 
 
 def main() -> None:

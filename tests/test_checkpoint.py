@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harness import checkpoint
 from harness.checkpoint import identify
 from harness.errors import ModelError
 
@@ -209,3 +210,12 @@ def test_what_only_looks_like_a_file_is_refused(tmp_path, kind):
     else:
         path.symlink_to(tmp_path / "nowhere")
     refusal(tmp_path)
+
+
+def test_a_large_tensor_is_hashed_in_pieces_to_the_same_digest(tmp_path, monkeypatch):
+    """However few elements are in memory at once, the digest is that of the whole tensor."""
+    tensors = {"a": torch.arange(35.0).reshape(7, 5), "b": torch.ones(3), "c": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    whole = identify(tmp_path)
+    monkeypatch.setattr(checkpoint, "_ELEMENTS", 6)
+    assert identify(tmp_path) == whole

@@ -313,6 +313,7 @@ class StreamEngine(Engine):
             else self.options.read == "direct",
             budget=int(self.options.hidden_gb * _GB),
             directory=work,
+            rounds=self._load not in (self._native, self._dtype),
             late=self._dtype != self._native and preflight.is_large(self.skeleton, self._dtype),
             keep=keep and work is not None,
             work=self._work_digest(sequences, starts, [str(variant) for variant in variants]),

@@ -34,6 +34,9 @@ Variant = Callable[[str, nn.Module], AbstractContextManager[object]]
 
 #: Bytes of one slice of the head.
 _SLICE_BYTES = 2**28
+#: Bytes of the rows of a layer that are widened at a time: a product of fewer rows is slower (measured, a third at
+#: 2**26), and more of them bring nothing.
+PART_BYTES = 2**29
 #: Rows of one product with a slice: its logits stay small beside the slice.
 _ROWS = 2048
 
@@ -48,6 +51,7 @@ class Settings:
         direct: read past the page cache.
         budget: bytes of hidden states that stay in memory.
         directory: where to commit after each block, None for nowhere.
+        rounds: whether ``load`` is narrower than the checkpoint.
         late: hold a block as it is stored, and cast each Linear only while it computes.
         keep: leave the sums there when all is done.
         work: digest of what is done.
@@ -59,6 +63,7 @@ class Settings:
     direct: bool
     budget: int
     directory: Path | None
+    rounds: bool
     late: bool
     keep: bool
     work: str
@@ -113,6 +118,7 @@ class Pass:
     _calls: list[_Calls] = field(default_factory=list)
     _tuples: bool = False
     _output: Any = None
+    _rows: torch.Tensor | None = None
 
     def run(self) -> None:
         """Go on from the last commit of this very work, or start."""
@@ -172,6 +178,19 @@ class Pass:
             return tensor
         with torch._C.DisableTorchFunction():  # under the lift to float64 a rounding to 16 bits would be none
             return tensor.to(getattr(torch, self.settings.load)).to(device=self.settings.device, dtype=self._dtype)
+
+    def _loaded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A stored tensor rounded as it is loaded, before it is widened."""
+        with torch._C.DisableTorchFunction():
+            return tensor.to(getattr(torch, self.settings.load)) if self.settings.rounds else tensor
+
+    def _scratch(self) -> torch.Tensor:
+        """Memory for the rows of a layer that are widened, one row of the largest at least."""
+        if self._rows is None:
+            columns = max(place.shape[-1] for block in self.skeleton.block_places() for place in block)
+            size = max(columns, PART_BYTES // self._dtype.itemsize)
+            self._rows = torch.empty(size, dtype=self._dtype, device=self.settings.device)
+        return self._rows
 
     @contextmanager
     def skeleton_outer(self) -> Iterator[None]:
@@ -262,7 +281,7 @@ class Pass:
             for item, variant, group in self._items():
                 with ExitStack() as stack:
                     if late and variant is None:
-                        stack.enter_context(multiplied_in_parts(module, self._cast))
+                        stack.enter_context(multiplied_in_parts(module, self._loaded, self._scratch()))
                     elif late:  # a variant has products of its own, and wants weights
                         stack.enter_context(widened_late(module, self._cast))
                     if variant is not None:
@@ -334,7 +353,7 @@ class Pass:
     def _slices(self) -> list[tuple[int, list[Place]]]:
         """(first column, what is read) of each slice of the head."""
         weight, bias = self.skeleton.head_places
-        rows = max(1, _SLICE_BYTES // max(1, weight.bytes // weight.shape[0]))
+        rows = max(1, _SLICE_BYTES // (weight.shape[1] * self._dtype.itemsize))
         found = []
         for start in range(0, weight.shape[0], rows):
             stop = min(start + rows, weight.shape[0])

@@ -26,6 +26,8 @@ _PROBE = 2**27
 _ROWS, _WIDTH = 512, 4096
 #: Below this a pass is over before it could be timed.
 _SMALL = 2**30
+#: Of passes.PART_BYTES.
+_PART_BYTES = 2**29
 #: Bytes of a block from which its layers are widened one by one: again for every group, but one at a time.
 LARGE_BLOCK = 2**30
 _SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,7 +72,7 @@ def check(skeleton: Skeleton, settings: Settings, groups: Sequence[Group], varia
     weights = largest + widened if settings.copies else 2 * largest
     if settings.late:
         layer = max(_elements([place]) for block in blocks for place in block) * size
-        weights = 2 * largest + (layer if variants > 1 else 0)
+        weights = 2 * largest + _PART_BYTES + (layer if variants > 1 else 0)
     memory = weights + min(hidden, settings.budget) + _activations(skeleton, groups, size)
     disk = 2 * hidden if settings.directory is not None or hidden > settings.budget else 0
     free = reading.available_memory()

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 #: Names that checkpoints keep from before transformers changed them.
 _OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
 
-#: Bytes of the rows of a weight that are widened at a time, in float32.
-_PART_BYTES = 2**24
-
 #: Gives the tensor of a name.
 Tensors = Callable[[str], torch.Tensor]
 
@@ -135,14 +132,21 @@ def widened_late(module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def multiplied_in_parts(module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Each Linear of a part casts some rows of its weight at a time, which are multiplied while they are in the cache.
+def multiplied_in_parts(
+    module: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor], scratch: torch.Tensor
+) -> Iterator[None]:
+    """Each Linear of a part widens some rows of its weight at a time into the same memory, and multiplies with them.
 
-    A widened copy of a whole layer would go out to memory and come back, and is several gigabytes.
+    Memory that is asked for anew costs more than the cast: the system clears every page of it.
+
+    Args:
+        module: the part.
+        cast: what makes of a stored tensor what is loaded; its dtype may still be narrower than ``scratch``.
+        scratch: the memory, a flat tensor of the dtype that is computed in.
     """
-    patched = [linear for linear in module.modules() if type(linear) is nn.Linear]
+    patched: list[nn.Module] = [linear for linear in module.modules() if type(linear) is nn.Linear]
     for linear in patched:
-        linear.forward = _in_parts(linear, cast)
+        linear.forward = _in_parts(linear, cast, scratch)
     try:
         yield
     finally:
@@ -151,16 +155,19 @@ def multiplied_in_parts(module: nn.Module, cast: Callable[[torch.Tensor], torch.
 
 
 def _in_parts(
-    linear: nn.Linear, cast: Callable[[torch.Tensor], torch.Tensor]
+    linear: nn.Module, cast: Callable[[torch.Tensor], torch.Tensor], scratch: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, bias = linear.weight.data, linear.bias
-    rows = max(1, _PART_BYTES // (4 * weight.shape[1]))
+    weight, bias = linear.get_parameter("weight").data, linear._parameters.get("bias")
+    columns = weight.shape[1]
+    rows = max(1, len(scratch) // columns)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         result = x.new_empty((*x.shape[:-1], weight.shape[0]))
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
-            result[..., part] = nn.functional.linear(x, cast(weight[part]), None if bias is None else bias[part])
+            stored = cast(weight[part])
+            wide = scratch[: stored.numel()].view(len(stored), columns).copy_(stored)
+            result[..., part] = nn.functional.linear(x, wide, None if bias is None else bias[part])
         return result
 
     return forward
