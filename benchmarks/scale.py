@@ -29,6 +29,7 @@ from typing import Any, Self
 
 import torch
 
+from harness import store
 from harness.conversion.shards import Planned, Writer, plan
 from harness.engines import build_engine
 from harness.engines.streaming import files, reading
@@ -299,32 +300,36 @@ def _patch(copy: Path, changes: Sequence[tuple[files.Place, bytes]]) -> None:
 
 
 def record(_arguments: argparse.Namespace) -> None:
-    """Passes over the weights and mistakes of a good draft and of a useless one; the tokens are those of the golden."""
-    from harness import flow, store
+    """Passes over the weights and mistakes of a good draft and of others; the tokens are those of the golden."""
+    from harness import flow
 
-    golden = store.read_golden("golden/bloom-tiny/core")
-    model, suite = Path("golden/bloom-tiny/model"), Path("prompts/core.toml")
+    model = Path("golden/bloom-tiny/model")
     with place() as directory:
         nonsense = directory / "nonsense.jsonl"
-        lines = [
-            {"id": one.id, "prompt_ids": list(one.prompt_ids), "tokens": [5] * one.max_new_tokens}
-            for one in golden.requests
-        ]
-        nonsense.write_text("\n".join(map(json.dumps, lines)))
-        for name, draft in {
-            "the same weights in bf16": f"hf:dtype=bfloat16,model={model}",
-            "prompt look-up": "lookup",
-            "useless": str(nonsense),
-        }.items():
+        for suite, name, draft in (
+            ("core", "the same weights in bf16", f"hf:dtype=bfloat16,model={model}"),
+            ("translate", "prompt look-up", "lookup"),
+            ("translate", "useless", str(nonsense)),
+        ):
+            golden = store.read_golden(f"golden/bloom-tiny/{suite}")
+            lines = [
+                {"id": one.id, "prompt_ids": list(one.prompt_ids), "tokens": [5] * one.max_new_tokens}
+                for one in golden.requests
+            ]
+            nonsense.write_text("\n".join(map(json.dumps, lines)))
             started = time.perf_counter()
             found = flow.record(
-                model, suite, out=directory / name, precisions=[], stream="stream:dtype=float32", draft=draft
+                model,
+                Path(f"prompts/{suite}.toml"),
+                out=directory / name,
+                precisions=[],
+                stream="stream:dtype=float32",
+                draft=draft,
             )
             settings = found.provenance["settings"]
             same = "exact" if found.generations == golden.generations else "NOT what plain greedy decoding gives"
-            counts = list(settings["mistakes"].values())
             print(
-                f"{name}: {settings['passes']} passes for {len(counts)} prompts of "
+                f"{suite}, draft {name}: {settings['passes']} passes for {len(golden.requests)} prompts of "
                 f"{golden.suite.max_new_tokens} tokens, {same}; {time.perf_counter() - started:.0f} s"
             )
             print(f"  mistakes: {', '.join(f'{key} {value}' for key, value in settings['mistakes'].items())}")
@@ -333,9 +338,9 @@ def record(_arguments: argparse.Namespace) -> None:
 # --- how it grows --------------------------------------------------------------------------------------
 
 
-def linear(_arguments: argparse.Namespace) -> None:
+def linear(arguments: argparse.Namespace) -> None:
     """Seconds over the number of layers and of prompts."""
-    shapes = {"hidden_size": 2048, "n_head": 16, "vocab_size": 4096, "seq_length": 2048}
+    shapes = {"hidden_size": 128 if arguments.quick else 2048, "n_head": 16, "vocab_size": 4096, "seq_length": 2048}
     for layers, prompts in ((4, 8), (8, 8), (16, 8), (8, 16), (8, 32)):
         with place() as directory:
             model = bloom(directory, **shapes, n_layer=layers)
@@ -362,6 +367,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32", help="that blocks are computed in")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
     parser.add_argument("--checkpoint", type=Path, help="make it here, or use what is here, and keep it")
     COMMANDS[parser.parse_args().command](parser.parse_args())
 

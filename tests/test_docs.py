@@ -26,6 +26,12 @@ DATA = ("golden", "prompts", "benchmarks", "tests", "harness", "pyproject.toml",
 
 #: What takes minutes or hours is run on less of the same: (what the document says, what is run).
 SHORTER = (
+    (  # of a hundred tokens nothing can be told
+        "prompts/core.toml --trace said.trace\nharness verify --model golden/bloom-tiny/model "
+        "--suite prompts/core.toml --trace said.trace",
+        "prompts/headline.toml --trace said.trace\nharness verify --model golden/bloom-tiny/model "
+        "--suite prompts/headline.toml --trace said.trace || test $? = 3",
+    ),
     ("--suite prompts/core.toml", "--suite prompts/headline.toml"),
     ("golden/bloom-tiny/core", "golden/bloom-tiny/headline"),
     ("check golden/llama-tiny/core -c 'py:fused_llama", "check golden/llama-tiny/headline -c 'py:fused_llama"),
@@ -64,10 +70,15 @@ SHORTER = (
         "harness bench tp:size=2,dtype=float32,threads=1 --golden golden/bloom-tiny/completion",
         "harness bench tp:size=1,dtype=float32,threads=1 --golden golden/bloom-tiny/headline",
     ),
+    ("python benchmarks/scale.py linear", "python benchmarks/scale.py linear --quick"),
     ("--kind scaling --ranks 1,2,3", "--kind scaling --ranks 1 --repeats 1 --new-tokens 8"),
 )
 #: Commands that only a clone of its own can show, or that something else runs as well, each with what runs it.
 ELSEWHERE = {
+    "python benchmarks/scale.py blocks": "by nobody: it takes 22 GB of disk and 12 GB of memory",
+    "python benchmarks/scale.py blocks --prompts 24 --tokens 16": "by nobody, as the one above",
+    "python benchmarks/scale.py verdicts": "by nobody: minutes, and tests/engines/streaming/ has the verdicts",
+    "python benchmarks/scale.py record": "by nobody: minutes, and tests/flow/test_speculating.py has the drafts",
     "make check": "by .ci/run",
     "make test": "by .ci/run, and this is a part of it",
     "make lint": "by .ci/run",
