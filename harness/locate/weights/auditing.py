@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.locate.clues import Clue
 from harness.locate.naming import Names
 from harness.locate.weights import origins
+from harness.locate.weights.casting import Casts, input_dim
 from harness.locate.weights.compensated import compensated
 from harness.locate.weights.explaining import Difference, Sides, explain
 from harness.locate.weights.fresh import fresh
@@ -20,7 +22,6 @@ from harness.locate.weights.missing import absent
 from harness.locate.weights.pairing import Pair, Pairing, pair
 from harness.locate.weights.proposing import propose
 from harness.locate.weights.stored import Stored, opened
-from harness.numerics.quantise import SCHEMES, dequantised
 
 if TYPE_CHECKING:
     import torch
@@ -52,47 +53,60 @@ def audit(
         ModelError: where the checkpoint cannot be read.
     """
     stored = opened(checkpoint)
+    casts = Casts(declared=declared, config=stored.config)
     pairing = pair(stored, model, names)
     if pairing.missing and pairing.extra:
-        pairing = pair(stored, model, {**(names or {}), **propose(stored, pairing)})
-    clues = [*_compared(stored, pairing, declared), *absent(stored, pairing, model)]
-    place = {name: index for index, name in enumerate(stored.shapes)}
-    return tuple(sorted(_folded(stored, clues), key=lambda clue: place.get(clue.tensor, len(place))))
+        pairing = pair(stored, model, {**(names or {}), **propose(stored, pairing, casts)})
+    clues = [*_compared(stored, pairing, casts), *absent(stored, pairing, model, casts)]
+    place = _places(stored)
+    return tuple(
+        sorted(_folded(stored, clues), key=lambda clue: place.get(clue.tensor or f"{clue.module}.", len(place)))
+    )
+
+
+def _places(stored: Stored) -> dict[str, int]:
+    """By tensor, and by module with a dot behind it: the index of it, or of the first tensor below it."""
+    places: dict[str, int] = {}
+    for index, name in enumerate(stored.shapes):
+        places[name] = index
+        for end in (at for at, letter in enumerate(name) if letter == "."):
+            places.setdefault(name[: end + 1], index)
+    return places
 
 
 # --- what is on both sides ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Other:
-    """A pair that is not equal, with its two sides."""
-
-    pair: Pair
-    sides: Sides
-
-
-def _compared(stored: Stored, pairing: Pairing, declared: str | None) -> Iterator[Clue]:
-    others: dict[str, _Other] = {}
+def _compared(stored: Stored, pairing: Pairing, casts: Casts) -> Iterator[Clue]:
+    """What differs is looked at pair by pair, so that one of them is in memory at a time."""
+    others: dict[str, Pair] = {}
+    wanted: dict[str, origins.Asked] = {}
     for one in pairing.pairs:
-        outcome = _different(stored, one, declared)
+        outcome = _different(stored, one, casts)
         if isinstance(outcome, Clue):
             yield outcome
         elif outcome is not None:
-            others[f"{one.name} {one.candidate}"] = outcome
-    elsewhere = origins.origins(
-        stored,
-        {key: other.sides.held for key, other in others.items()},
-        {key: other.pair.name for key, other in others.items()},
-    )
-    differences = _explained(others, elsewhere, stored.config)
-    harmless = compensated(stored, {other.pair.name: differences[key] for key, other in others.items()})
-    for key, other in others.items():
-        clue = _clue(other.pair, differences[key], pairing)
-        note = harmless.get(other.pair.name)
+            key = f"{one.name} {one.candidate}"
+            others[key], wanted[key] = one, origins.asked(one.name, outcome.held)
+    elsewhere = origins.origins(stored, wanted, casts)
+    differences = _explained(stored, others, elsewhere, casts)
+    alone = _in_one_place(pairing)
+    harmless = compensated(stored, {one.name: differences[key] for key, one in others.items() if one.name in alone})
+    for key, one in others.items():
+        clue = _clue(stored, one, differences[key], pairing)
+        note = harmless.get(one.name)
         yield clue if note is None else replace(clue, wrong=False, size=0.0, text=note)
 
 
-def _different(stored: Stored, one: Pair, declared: str | None) -> _Other | Clue | None:
+def _in_one_place(pairing: Pairing) -> set[str]:
+    """Tensors of the checkpoint that the candidate has whole and once: what is said of the one holds for the other."""
+    places: dict[str, set[tuple[int, bool]]] = defaultdict(set)
+    for one in pairing.pairs:
+        places[one.name].add((one.held.data_ptr(), one.made is None))
+    return {name for name, each in places.items() if len(each) == 1 and next(iter(each))[1]}
+
+
+def _different(stored: Stored, one: Pair, casts: Casts) -> Sides | Clue | None:
     """None where it is equal; a clue where there is nothing to explain element by element."""
     if one.held.device.type == "meta":
         return _plain(one, "has no memory: it was never loaded", wrong=True)
@@ -100,42 +114,26 @@ def _different(stored: Stored, one: Pair, declared: str | None) -> _Other | Clue
     if held.is_floating_point() != right.is_floating_point():
         return _plain(one, f"is {str(held.dtype).removeprefix('torch.')}, and was not compared", wrong=False)
     if right.shape != held.shape:
-        return _misshapen(one, right, held)
-    casts = _casts(right, held.dtype, declared, _input_dim(one.name, stored))
-    if any(bool((cast == held).all()) for cast in casts):
-        return None
-    nearest = min(casts, key=lambda cast: int((cast != held).sum()))
+        return _misshapen(one, right, held, casts)
+    sides = _sides(stored, one, casts)
+    return None if bool((sides.right == sides.held).all()) else sides
+
+
+def _sides(stored: Stored, one: Pair, casts: Casts) -> Sides:
+    right, held = one.stored(stored), one.held.cpu()
+    nearest = min(casts(one.name, right, held.dtype), key=lambda cast: int((cast != held).sum()))
     layout = layout_of(one.name, tuple(right.shape), stored.config)
-    return _Other(
-        pair=one,
-        sides=Sides(stored=right, right=nearest, held=held, layout=layout, input_dim=_input_dim(one.name, stored)),
-    )
+    return Sides(stored=right, right=nearest, held=held, layout=layout, input_dim=input_dim(one.name, stored.config))
 
 
-def _casts(right: torch.Tensor, dtype: torch.dtype, declared: str | None, input_dim: int) -> list[torch.Tensor]:
-    """What may be held: the declared cast; under a declared quantiser, which leaves out what it likes, also none."""
-    import torch
-
-    if declared is not None and declared in SCHEMES:
-        quantised = [dequantised(right, declared, input_dim=input_dim).to(dtype)] if right.ndim == 2 else []
-        return [right.to(dtype), *quantised]
-    if declared is not None and right.is_floating_point() and isinstance(getattr(torch, declared, None), torch.dtype):
-        right = right.to(getattr(torch, declared))
-    return [right.to(dtype)]
-
-
-def _input_dim(name: str, stored: Stored) -> int:
-    return 0 if stored.config.get("model_type") == "gpt2" and ".h." in f".{name}" else 1
-
-
-def _misshapen(one: Pair, right: torch.Tensor, held: torch.Tensor) -> Clue:
-    cast = right.to(held.dtype)
+def _misshapen(one: Pair, right: torch.Tensor, held: torch.Tensor, casts: Casts) -> Clue:
+    each = casts(one.name, right, held.dtype)
     shapes = f"{list(held.shape)} for {list(right.shape)}"
-    if held.ndim == 2 and held.shape == right.T.shape and bool((held == cast.T).all()):
+    if held.ndim == 2 and held.shape == right.T.shape and any(bool((held == cast.T).all()) for cast in each):
         return _plain(one, f"transposed, {shapes}", wrong=True, size=1.0)
     if held.ndim == right.ndim and held.shape[1:] == right.shape[1:]:
         common = min(len(held), len(right))
-        if bool((held[:common] == cast[:common]).all()):
+        if any(bool((held[:common] == cast[:common]).all()) for cast in each):
             if len(held) > len(right):
                 zero = " of zeros" if not bool(held[common:].any()) else ""
                 return _plain(one, f"{len(held) - common} rows{zero} behind the checkpoint's {common}", wrong=False)
@@ -153,33 +151,36 @@ def module_of(tensor: str) -> str:
 
 
 def _explained(
-    others: Mapping[str, _Other], elsewhere: Mapping[str, str], config: Mapping[str, Any]
+    stored: Stored, others: Mapping[str, Pair], elsewhere: Mapping[str, str], casts: Casts
 ) -> dict[str, Difference]:
     """Weights before biases, which may be in the order of their weights."""
     found: dict[str, Difference] = {}
     orders: dict[str, Difference] = {}
-    for key, other in sorted(others.items(), key=lambda item: -item[1].sides.held.ndim):
-        module = module_of(other.pair.name)
+    for key, one in sorted(others.items(), key=lambda item: -item[1].held.ndim):
+        sides = _sides(stored, one, casts)
+        module = module_of(one.name)
         hint = orders[module].order if module in orders else None
         # An order of the rows that the weight is stored with is one of the bias; Conv1D keeps outputs in columns.
-        outputs = hint is not None and hint[0] == 1 - other.sides.input_dim
-        difference = explain(other.sides, hint if outputs else None)
-        if other.sides.held.ndim == 2:
+        outputs = hint is not None and hint[0] == 1 - sides.input_dim
+        difference = explain(sides, hint if outputs else None)
+        if sides.held.ndim == 2:
             orders[module] = difference
         if key in elsewhere and (not difference.exact or elsewhere[key].startswith("holds")):
             difference = replace(difference, text=elsewhere[key], exact=True)
         elif not difference.exact and math.isfinite(difference.size):
-            words = fresh(other.sides.held, other.sides.right, config)
+            words = fresh(sides.held, sides.right, stored.config)
             difference = replace(difference, text=words or difference.text)
         found[key] = difference
     return found
 
 
-def _clue(one: Pair, difference: Difference, pairing: Pairing) -> Clue:
+def _clue(stored: Stored, one: Pair, difference: Difference, pairing: Pairing) -> Clue:
     text = difference.text
     first = pairing.tied.get(one.candidate)
     if first is not None and text.startswith("holds "):
         text = f"tied to {text.removeprefix('holds ')}, but the checkpoint has its own"
+        if stored.config.get("tie_word_embeddings"):
+            text += " (transformers, which finds both, does not tie them, whatever config.json says)"
     elif text.startswith("holds ") and "embed" in text + one.name and "head" in one.name:
         text = f"equals {text.removeprefix('holds ')}, but the checkpoint has its own"
     return Clue(

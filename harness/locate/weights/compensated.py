@@ -27,7 +27,7 @@ def _reordered(stored: Stored, differences: Mapping[str, Difference]) -> dict[st
             difference.order is None
             or len(stored.shapes[name]) != 2
             or difference.order[0] != inputs
-            or "attn" in parent
+            or "att" in parent.lower()
         ):
             continue
         order = difference.order[1]

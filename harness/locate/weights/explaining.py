@@ -17,8 +17,11 @@ from harness.locate.weights.rounding import rounded_to
 if TYPE_CHECKING:
     import torch
 
-#: Singular values are computed up to this side: a second on one core.
-_LARGEST_SIDE = 2048
+#: Singular values take the longer side times the square of the shorter: as many operations as for a side of 2048,
+#: some seconds on one core.
+_LARGEST_WORK = 2048**3
+#: Elements that are explained at once: half a GiB for each copy in float64.
+_MOST = 1 << 26
 _GROUPS = (32, 64, 128)
 
 
@@ -77,24 +80,54 @@ def _parts(sides: Sides) -> str:
 
 
 def _explained(sides: Sides, hint: tuple[int, orders.Order] | None) -> Difference:
-    right, held = sides.right.double(), sides.held.double()
-    numbers = _numbers(right, held)
+    numbers = _numbers(sides.right, sides.held)
     size = numbers.pop("size")
     if numbers["not finite"]:
         return Difference(text=f"{numbers['not finite']:.0f} elements are not finite", size=math.inf, evidence=numbers)
     found = _order(sides, hint)
     if found is not None:
         return Difference(text=found[0], size=size, order=found[1], evidence=numbers)
+    where, whole, sides = _narrowed(sides)
+    right, held = sides.right.double(), sides.held.double()
     words = next(_exact(sides, right, held), "")
     if words:
-        return Difference(text=words, size=size, evidence=numbers)
+        return Difference(text=f"{where}{words}", size=size, exact=whole, evidence=numbers)
     words = _rank(right, held) or _described(sides, right, held)
-    return Difference(text=words, size=size, exact=False, evidence=numbers)
+    return Difference(text=f"{where}{words}", size=size, exact=False, evidence=numbers)
+
+
+def _narrowed(sides: Sides, most: int | None = None) -> tuple[str, bool, Sides]:
+    """Of a large matrix the rows that differ, and as many of these as can be looked at.
+
+    Returns:
+        Where that is, in words; whether nothing differs elsewhere; what is left of both sides.
+    """
+    most = _MOST if most is None else most
+    if sides.held.ndim != 2 or sides.held.numel() <= most:
+        return "", True, sides
+    rows = (sides.held != sides.right).any(dim=1).nonzero()[:, 0]
+    chosen = rows[: max(1, most // sides.held.shape[1])]
+    if len(chosen) == len(sides.held):
+        return "", True, sides
+    left = replace(
+        sides,
+        stored=sides.stored[chosen],
+        right=sides.right[chosen],
+        held=sides.held[chosen],
+        layout=None if _along(sides, 0) else sides.layout,
+    )
+    whole = len(chosen) == len(rows)
+    place = _place(chosen.tolist(), "row", _along(sides, 0))
+    return f"{place}: " if whole else f"{place}, the first of {len(rows)} that differ: ", whole, left
 
 
 def _numbers(right: torch.Tensor, held: torch.Tensor) -> dict[str, float]:
-    norm = float(right.norm())
-    difference = float((held - right).norm())
+    norm = difference = 0.0
+    rows = max(1, _MOST // max(1, held[:1].numel())) if held.ndim else 1
+    for one, other in zip(right.split(rows), held.split(rows), strict=True) if held.ndim else ((right, held),):
+        wide = one.double()
+        norm = math.hypot(norm, float(wide.norm()))
+        difference = math.hypot(difference, float((other.double() - wide).norm()))
     return {
         "size": difference / norm if norm else math.inf,
         "elements": held.numel(),
@@ -166,7 +199,7 @@ def _one_number(right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor) ->
     if found:
         yield f"scaled by {found[0].text}"
     found = gains.summand(right, held, slack)
-    if found and abs(found[0].value) > found[0].spread:
+    if found:
         yield f"{found[0].text} added to each element"
 
 
@@ -232,14 +265,19 @@ def _head_factors(sides: Sides, values: list[float], dim: int) -> str:
         by_head.setdefault((part, head), []).append(round(value, 3))
     if all(len(set(one)) == 1 for one in by_head.values()):
         said = [f"{part} {head} by {one[0]:.4g}" for (part, head), one in by_head.items() if one[0] != 1]
-        return f"heads scaled: {', '.join(said[:4])}{' and others' * (len(said) > 4)}"
+        return f"heads scaled: {', '.join(said[:4])}{' and others' * (len(said) > 4)}" if said else ""
     return ""
 
 
 def _summands_in_groups(right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor, group: int | None) -> bool:
-    pieces = [slice(None)] if group is None else [slice(at, at + group) for at in range(0, held.shape[1], group)]
-    pieces = [piece for piece in pieces if held[:, piece].shape[1] >= gains.FEWEST]
-    return all(gains.summand(right[:, piece], held[:, piece], slack[:, piece], 1) is not None for piece in pieces)
+    group = group or held.shape[1]
+    whole = held.shape[1] // group * group
+    before, after, width = (tensor[:, :whole].reshape(-1, group) for tensor in (right, held, slack))
+    if gains.summand(before, after, width, 1) is None:
+        return False
+    rest = slice(whole, None)
+    short = held.shape[1] - whole < gains.FEWEST
+    return short or gains.summand(right[:, rest], held[:, rest], slack[:, rest], 1, idle=True) is not None
 
 
 # --- what can only be described ----------------------------------------------------------------------
@@ -251,7 +289,7 @@ def _rank(right: torch.Tensor, held: torch.Tensor) -> str:
     A rank r has r (R + C) numbers, which must be fewer than the elements that differ. What the rounding of what is held
     may amount to is noise: the rank is the least that leaves no more than that.
     """
-    if held.ndim != 2 or min(held.shape) < 2 or min(held.shape) > _LARGEST_SIDE:
+    if held.ndim != 2 or min(held.shape) < 2 or held.numel() * min(held.shape) > _LARGEST_WORK:
         return ""
     import torch
 

@@ -1,7 +1,8 @@
-"""Whether one number explains all that differs: a factor, a summand, a share of the way to another tensor.
+"""Whether one number explains all that differs: a factor or a summand.
 
 No tolerance: with the round-off of what is held, each element allows an interval of such numbers, and they explain the
-tensor if one number lies in all of the intervals.
+tensor if one number lies in all of the intervals. A factor that may be 1 and a summand that may be 0 explain nothing:
+they lie in the intervals of whatever is off by less than a rounding.
 
 Shape legend: R rows, C columns.
 """
@@ -58,42 +59,44 @@ def factor(right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor, dim: in
         dim: over which one number holds.
 
     Returns:
-        One number, or one for each row or column; None where they do not explain what is held.
+        One number, or one for each row or column; None where they do not explain what is held, or need not be there.
     """
-    return _common(right, held, slack, dim)
+    return _common(right, held, slack, dim, neutral=1.0)
 
 
 def summand(
-    right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor, dim: int | None = None
+    right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor, dim: int | None = None, *, idle: bool = False
 ) -> list[Number] | None:
-    """As `factor`, for a number that is added."""
+    """As `factor`, for a number that is added; with ``idle`` also one that need not be there."""
     import torch
 
-    return _common(torch.ones_like(right), held - right, slack, dim)
+    return _common(torch.ones_like(right), held - right, slack, dim, neutral=None if idle else 0.0)
 
 
-def share(right: torch.Tensor, other: torch.Tensor, held: torch.Tensor, slack: torch.Tensor) -> Number | None:
-    """How far what is held is on the way to another tensor, the same for all elements."""
-    found = _common(other - right, held - right, slack, None)
-    return None if found is None else found[0]
-
-
-def _common(right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor, dim: int | None) -> list[Number] | None:
+def _common(
+    right: torch.Tensor, held: torch.Tensor, slack: torch.Tensor, dim: int | None, *, neutral: float | None
+) -> list[Number] | None:
     import torch
 
     if not right.numel():
         return None
+    if dim is None:
+        right, held, slack, dim = right.reshape(1, -1), held.reshape(1, -1), slack.reshape(1, -1), 1
     nonzero = right != 0
     if bool((~nonzero & (held.abs() > slack)).any()):
         return None
     safe = torch.where(nonzero, right, torch.ones_like(right))
     centre, width = held / safe, slack / safe.abs()
-    lower = torch.where(nonzero, centre - width, torch.full_like(centre, -torch.inf))
-    upper = torch.where(nonzero, centre + width, torch.full_like(centre, torch.inf))
-    counted = nonzero.sum() if dim is None else nonzero.sum(dim=dim)
-    low = lower.max() if dim is None else lower.amax(dim=dim)
-    high = upper.min() if dim is None else upper.amin(dim=dim)
+    low = torch.where(nonzero, centre - width, torch.full_like(centre, -torch.inf)).amax(dim=dim)
+    high = torch.where(nonzero, centre + width, torch.full_like(centre, torch.inf)).amin(dim=dim)
+    counted = nonzero.sum(dim=dim)
     if bool((counted < FEWEST).any()) or not bool((low <= high).all()):
         return None
-    middle, spread = ((low + high) / 2).reshape(-1), ((high - low) / 2).reshape(-1)
+    if neutral is not None:
+        # Most of the rows that are others must need their number, and a number that is needed changes most elements.
+        changed = (held != neutral * right).sum(dim=dim)
+        needed = ((low > neutral) | (high < neutral)) & (2 * changed > counted)
+        if 2 * int(needed.sum()) <= int((changed > 0).sum()):
+            return None
+    middle, spread = (low + high) / 2, (high - low) / 2
     return [Number(float(value), float(width)) for value, width in zip(middle, spread, strict=True)]

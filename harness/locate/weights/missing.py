@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from harness.locate.clues import Clue
+from harness.locate.weights.casting import Casts
 from harness.locate.weights.explaining import Sides, explain
 from harness.locate.weights.fresh import fresh
 from harness.locate.weights.pairing import Pairing, tensors
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 _DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)")
 
 
-def absent(stored: Stored, pairing: Pairing, model: nn.Module) -> Iterator[Clue]:
+def absent(stored: Stored, pairing: Pairing, model: nn.Module, casts: Casts) -> Iterator[Clue]:
     """Clues of all that is in the checkpoint alone, or in the candidate alone."""
     yield from _missing(stored, pairing, model)
     embedding = _embedding(stored, pairing, model)
@@ -32,7 +34,7 @@ def absent(stored: Stored, pairing: Pairing, model: nn.Module) -> Iterator[Clue]
             yield Clue(kind="weights", module=name.rpartition(".")[0], tensor=name, text=text, wrong=False)
     for name, tensor in pairing.extra.items():
         if name in heads and embedding and tuple(tensor.shape) == stored.shapes[embedding]:
-            yield _untied(stored, name, tensor, embedding)
+            yield _untied(stored, name, tensor, embedding, casts)
         else:
             yield _extra(stored, name, tensor)
 
@@ -42,7 +44,7 @@ def absent(stored: Stored, pairing: Pairing, model: nn.Module) -> Iterator[Clue]
 
 def _missing(stored: Stored, pairing: Pairing, model: nn.Module) -> Iterator[Clue]:
     """The highest module that has nothing in the candidate stands for all below it."""
-    missing = set(pairing.missing)
+    missing, there = _below(pairing.missing), _below(stored.shapes)
     ignored = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     said: set[str] = set()
     for name in pairing.missing:
@@ -50,24 +52,29 @@ def _missing(stored: Stored, pairing: Pairing, model: nn.Module) -> Iterator[Clu
         if derived:
             yield _clue(name, "in the checkpoint, and derived by the candidate", wrong=False)
             continue
-        module = _highest(name, stored, missing)
+        module = _highest(name, missing, there)
         if not module:
             yield _clue(name, "in the checkpoint, and not in the candidate", wrong=True)
         elif module not in said:
             said.add(module)
-            count = sum(1 for one in missing if one.startswith(f"{module}."))
+            count = missing[module]
             text = f"not in the candidate: none of its {count} tensors" if count > 1 else "not in the candidate"
             yield Clue(kind="weights", module=module, text=text, wrong=True, size=math.inf, evidence={"tensors": count})
 
 
-def _highest(name: str, stored: Stored, missing: set[str]) -> str:
-    pieces = name.split(".")
-    for end in range(1, len(pieces)):
-        module = ".".join(pieces[:end])
-        below = [one for one in stored.shapes if one.startswith(f"{module}.")]
-        if all(one in missing for one in below):
-            return module
-    return ""
+def _below(names: Iterable[str]) -> Counter[str]:
+    """By module, how many of these tensors it has below it."""
+    return Counter(module for name in names for module in _modules(name))
+
+
+def _modules(tensor: str) -> Iterator[str]:
+    """The modules that a tensor is below, the highest first."""
+    pieces = tensor.split(".")
+    return (".".join(pieces[:end]) for end in range(1, len(pieces)))
+
+
+def _highest(name: str, missing: Counter[str], there: Counter[str]) -> str:
+    return next((module for module in _modules(name) if missing[module] == there[module]), "")
 
 
 def _clue(tensor: str, text: str, *, wrong: bool, size: float = math.inf) -> Clue:
@@ -110,9 +117,10 @@ def _embedding(stored: Stored, pairing: Pairing, model: nn.Module) -> str:
     return next((name for name in stored.shapes if pattern.search(name)), "")
 
 
-def _untied(stored: Stored, name: str, tensor: torch.Tensor, embedding: str) -> Clue:
+def _untied(stored: Stored, name: str, tensor: torch.Tensor, embedding: str, casts: Casts) -> Clue:
     right, held = stored.read(embedding), tensor.cpu()
-    cast = right.to(held.dtype)
+    several = casts(embedding, right, held.dtype)
+    cast = min(several, key=lambda one: int((one != held).sum()))
     if bool((cast == held).all()):
         return _clue(name, f"a copy of {embedding}, and not in the checkpoint: the same values", wrong=False)
     difference = explain(Sides(stored=right, right=cast, held=held))

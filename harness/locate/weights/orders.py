@@ -5,6 +5,7 @@ An order is a tuple p with held[i] = right[p[i]].
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,14 +19,19 @@ Order = tuple[int, ...]
 #: (part, head, lane).
 Label = tuple[str, int, int]
 _FEW = 4
+#: Bytes: two of 2^32 rows are taken for one another with a chance of 2^-65.
+_DIGEST = 16
 
 
-def row_bytes(rows: torch.Tensor) -> list[bytes]:
-    """Each row of a tensor [N, ...] as bytes; two zeros are one."""
+def row_keys(rows: torch.Tensor) -> list[bytes]:
+    """Each row of a tensor [N, ...] as its bytes, or as a digest of these where that is shorter; two zeros are one."""
     import torch
 
     flat = (rows + 0.0).flatten(1) if rows.ndim > 1 else (rows + 0.0)[:, None]
-    return [row.tobytes() for row in flat.contiguous().view(torch.uint8).numpy()]
+    raw = flat.contiguous().view(torch.uint8).numpy()
+    if raw.shape[1] <= _DIGEST:
+        return [row.tobytes() for row in raw]
+    return [hashlib.blake2b(row.data, digest_size=_DIGEST).digest() for row in raw]
 
 
 def order_of(right: torch.Tensor, held: torch.Tensor, dim: int) -> Order | None:
@@ -33,7 +39,7 @@ def order_of(right: torch.Tensor, held: torch.Tensor, dim: int) -> Order | None:
 
     Equal rows stay where they can.
     """
-    before, after = row_bytes(right.movedim(dim, 0)), row_bytes(held.movedim(dim, 0))
+    before, after = row_keys(right.movedim(dim, 0)), row_keys(held.movedim(dim, 0))
     if len(before) != len(after) or sorted(before) != sorted(after):
         return None
     places: dict[bytes, list[int]] = defaultdict(list)

@@ -71,9 +71,9 @@ def pair(stored: Stored, model: nn.Module, names: Names | None) -> Pairing:
         if not found:
             extra[name] = tensor
     seen = {one.name for one in pairs}
-    # A tied tensor is the other one: where that is paired, nothing is extra.
-    paired = {one.candidate for one in pairs}
-    extra = {name: tensor for name, tensor in extra.items() if tied.get(name) is None or tied[name] not in paired}
+    # Tied tensors are one: where any of them is paired, none is extra.
+    paired = {tied.get(one.candidate, one.candidate) for one in pairs}
+    extra = {name: tensor for name, tensor in extra.items() if tied.get(name, name) not in paired}
     return Pairing(
         pairs=tuple(pairs), missing=tuple(name for name in stored.shapes if name not in seen), extra=extra, tied=tied
     )

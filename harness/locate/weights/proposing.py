@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.locate.naming import Made
+from harness.locate.weights.casting import Casts
 from harness.locate.weights.layouts import layout_of
-from harness.locate.weights.orders import row_bytes
+from harness.locate.weights.orders import row_keys
 from harness.locate.weights.pairing import Pairing, pair
 from harness.locate.weights.stored import Stored, opened
 
@@ -25,59 +26,65 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
-#: (tensor, whether it is turned over, index of the row) by the bytes of a row.
+#: (tensor, whether it is turned over, index of the row) by the key of a row.
 Place = tuple[str, bool, int]
 
 
-def proposed(checkpoint: Path, model: nn.Module) -> dict[str, Made]:
+def proposed(checkpoint: Path, model: nn.Module, *, declared: str | None = None) -> dict[str, Made]:
     """Patterns for all tensors of a model that do not go by name, to be confirmed; see `naming.Names`.
+
+    Args:
+        checkpoint: a model directory.
+        model: the candidate as it is loaded.
+        declared: how it says that it stores its weights, as for `audit`.
 
     Raises:
         ModelError: where the checkpoint cannot be read.
     """
     stored = opened(checkpoint)
-    return propose(stored, pair(stored, model, None))
+    return propose(stored, pair(stored, model, None), Casts(declared=declared, config=stored.config))
 
 
-def propose(stored: Stored, pairing: Pairing) -> dict[str, Made]:
+def propose(stored: Stored, pairing: Pairing, casts: Casts) -> dict[str, Made]:
     """Patterns for the candidate's tensors that a pairing left out, in their order."""
     extra = {name: tensor.cpu() for name, tensor in pairing.extra.items() if tensor.device.type != "meta"}
     extra = {name: tensor for name, tensor in extra.items() if tensor.is_floating_point() and tensor.ndim in (1, 2)}
     found: dict[str, list[Made]] = {}
     for dtype in {tensor.dtype for tensor in extra.values()}:
         these = {name: tensor for name, tensor in extra.items() if tensor.dtype == dtype}
-        index = _index(stored, pairing.missing, dtype)
-        vectors = _vectors(stored, pairing.missing, dtype)
+        index = _index(stored, pairing.missing, dtype, casts)
+        vectors = _vectors(stored, pairing.missing, dtype, casts)
         for name, tensor in these.items():
             if tensor.ndim == 2:
                 found[name] = [made for made in [_matched(stored, tensor, index)] if made is not None]
             else:
-                found[name] = [Made(parts=(other,)) for other in vectors.get(row_bytes(tensor[None])[0], [])]
+                found[name] = [Made(parts=(other,)) for other in vectors.get(row_keys(tensor[None])[0], [])]
     _biases(stored, extra, found)
     return _patterns(found)
 
 
-def _index(stored: Stored, names: Sequence[str], dtype: torch.dtype) -> dict[bytes, Place]:
+def _index(stored: Stored, names: Sequence[str], dtype: torch.dtype, casts: Casts) -> dict[bytes, Place]:
     """Rows and columns of the matrices that no tensor of the candidate is yet; what is there twice is left out."""
     index: dict[bytes, Place] = {}
     twice: set[bytes] = set()
     for name in names:
         if len(stored.shapes[name]) != 2:
             continue
-        tensor = stored.read(name).to(dtype)
-        for turned, each in ((False, tensor), (True, tensor.T)):
-            for number, row in enumerate(row_bytes(each)):
-                if row in index:
-                    twice.add(row)
-                index[row] = (name, turned, number)
+        for tensor in casts(name, stored.read(name), dtype):
+            for turned, each in ((False, tensor), (True, tensor.T)):
+                for number, row in enumerate(row_keys(each)):
+                    place = (name, turned, number)
+                    if index.setdefault(row, place) != place:
+                        twice.add(row)
     return {row: place for row, place in index.items() if row not in twice}
 
 
-def _vectors(stored: Stored, names: Sequence[str], dtype: torch.dtype) -> dict[bytes, list[str]]:
+def _vectors(stored: Stored, names: Sequence[str], dtype: torch.dtype, casts: Casts) -> dict[bytes, list[str]]:
     found: dict[bytes, list[str]] = defaultdict(list)
     for name in names:
         if len(stored.shapes[name]) == 1:
-            found[row_bytes(stored.read(name).to(dtype)[None])[0]].append(name)
+            for tensor in casts(name, stored.read(name), dtype):
+                found[row_keys(tensor[None])[0]].append(name)
     return found
 
 
@@ -87,7 +94,7 @@ def _vectors(stored: Stored, names: Sequence[str], dtype: torch.dtype) -> dict[b
 def _matched(stored: Stored, tensor: torch.Tensor, index: Mapping[bytes, Place]) -> Made | None:
     """How a matrix is made of stored ones, all of whose rows are found; None where they are not."""
     for turned, each in ((False, tensor), (True, tensor.T)):
-        places = [index.get(row) for row in row_bytes(each)]
+        places = [index.get(row) for row in row_keys(each)]
         known = [place for place in places if place is not None]
         if len(known) == len(places):
             return _made(stored, known, outer=turned)

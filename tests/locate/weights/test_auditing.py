@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from harness.environment import Quiet
 from harness.locate import clues
 from harness.locate.naming import Made
 from harness.locate.weights import audit, proposed
@@ -13,17 +15,6 @@ from harness.mutations.benign import FAMILIES
 from tests.support import random_model
 
 KINDS = ("bloom", "gpt2", "llama")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A directory and a live model of each architecture, stored in bfloat16."""
-    found = {}
-    for kind in KINDS:
-        directory, model = tmp_path_factory.mktemp(kind), random_model(kind, dtype="bfloat16")
-        model.save_pretrained(directory)
-        found[kind] = (directory, model)
-    return found
 
 
 def _said(checkpoints, kind: str, change: Callable[[torch.nn.Module], object], dtype=torch.float32) -> list[str]:
@@ -226,3 +217,37 @@ def test_a_port_with_fused_tensors_is_mapped_by_content_and_audited(checkpoints)
             assert [clue.line for clue in clues.wrong(found)] == [
                 "model.layers.1.self_attn.k_proj.weight: rows of head 0 scaled by 2"
             ]
+
+
+def test_clues_of_whole_blocks_stand_where_their_first_tensor_does(checkpoints) -> None:
+    """The order is the checkpoint's, whether one tensor is named or all of a module."""
+
+    def change(model) -> None:
+        _swap_layers(model)
+        model.model.norm.weight.add_(1)
+        model.model.embed_tokens.weight.mul_(2)
+        model.lm_head.weight.neg_()
+
+    directory, model = checkpoints["llama"]
+    live = copy.deepcopy(model).float()
+    with torch.no_grad():
+        change(live)
+    places = [clue.tensor or clue.module for clue in audit(directory, live)]
+    order = ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0", "model.layers.1", "model.norm.weight"]
+    assert places == order
+
+
+def test_a_head_of_its_own_is_right_though_the_config_ties(tmp_path) -> None:
+    """As transformers has it: what finds both stored, and different, ties nothing, and a tied candidate is wrong."""
+    model = random_model("llama", dtype="bfloat16")
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path)
+    with Quiet():
+        live = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not clues.wrong(audit(tmp_path, live))
+    live.lm_head.weight = live.model.embed_tokens.weight
+    said = [clue.line for clue in clues.wrong(audit(tmp_path, live))]
+    assert said == [
+        "lm_head.weight: tied to model.embed_tokens.weight, but the checkpoint has its own"
+        " (transformers, which finds both, does not tie them, whatever config.json says)"
+    ]
