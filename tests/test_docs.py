@@ -61,6 +61,7 @@ SHORTER = (
     ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
     ("golden/llama-tiny/core --base", "golden/llama-tiny/headline --base"),
+    ("golden/llama-tiny/core -c 'py:fused_llama", "golden/llama-tiny/headline -c 'py:fused_llama"),
     ("--require-speedup 1.05", "--require-speedup 1.05 --batch 1 --new-tokens 4"),
     (
         "--kind latency --kind completion --kind burst --kind modules --burst 1000x512+20",

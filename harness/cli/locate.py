@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from harness.cli.output import must_be_writable, progress_line, write_json
+from harness.errors import UsageError
 
 
 @click.command()
@@ -17,6 +18,8 @@ from harness.cli.output import must_be_writable, progress_line, write_json
 )
 @click.option("--map", "map_file", type=click.Path(path_type=Path), metavar="FILE", help="What a port's tensors are.")
 @click.option("--write-map", type=click.Path(path_type=Path), metavar="FILE", help="Write the map that is found, only.")
+@click.option("--repro", type=click.Path(path_type=Path), metavar="DIR", help="Write the smallest failing case there.")
+@click.option("--copy-model", is_flag=True, help="With --repro: put a copy of a small model there too.")
 @click.option("--json", metavar="FILE", help="Write all of it as JSON; '-' for standard output.")
 def locate(
     golden: Path,
@@ -24,6 +27,8 @@ def locate(
     reference: Path | None,
     map_file: Path | None,
     write_map: Path | None,
+    repro: Path | None,
+    copy_model: bool,
     json: str | None,
 ) -> int:
     """Where does a candidate first leave the reference? Run it after a red `harness check`.
@@ -31,6 +36,7 @@ def locate(
     \b
     harness locate golden/bloom-tiny/core -c hf:model=path/to/my/weights
     harness locate golden/bloom-tiny/core -c 'py:my_package.port:build?dtype=bfloat16'
+    harness locate golden/bloom-tiny/core -c py:my_package.port:build --repro my-case
 
     A port whose modules have other names needs a map of its tensors. Without --map it is found by content; --write-map
     writes that for you to read and confirm.
@@ -43,6 +49,8 @@ def locate(
     from harness.engines import build_engine
 
     build_engine(candidate)
+    if copy_model and repro is None:
+        raise UsageError("--copy-model copies into the directory of --repro", fix="Add --repro DIR, or leave it out")
     from harness import flow
     from harness.locate import mapfile
     from harness.report.locate import where_to_text
@@ -54,7 +62,9 @@ def locate(
             mapfile.write_map(found_map, write_map)
             click.echo(f"{len(found_map)} lines in {write_map}; read it, and give it with --map")
             return 0
-        found = flow.locate(golden, candidate, reference=reference, names=names, progress=progress)
+        found = flow.locate(
+            golden, candidate, reference=reference, names=names, repro=repro, copy_model=copy_model, progress=progress
+        )
     if json != "-":
         click.echo(where_to_text(found))
     if json:

@@ -19,6 +19,7 @@ from harness.errors import EngineError, HarnessError, ModelError, first_line
 from harness.flow.candidates import engine_of, name_of
 from harness.flow.checking import check
 from harness.flow.references import read, reference_directory
+from harness.flow.reproducing import reproduce
 from harness.flow.running import refuse_other_model, silent
 from harness.flow.sharding import first_wrong_rank
 from harness.scorer import open_reference
@@ -38,6 +39,8 @@ def locate(
     *,
     reference: str | Path | None = None,
     names: Names | None = None,
+    repro: str | Path | None = None,
+    copy_model: bool = False,
     progress: Progress = silent,
 ) -> Where:
     """Where does the candidate first go wrong?
@@ -51,6 +54,9 @@ def locate(
         candidate: a SPEC, an Engine, a transformers model, an nn.Module or a callable.
         reference: directory of the golden's model, where it does not lie beside the golden.
         names: what the tensors of a port with other names are made of; what is left out is found by content.
+        repro: a directory to write the smallest failing case to, as a script and a test (flow/reproducing.py); `repro`
+            of the answer says what came of it.
+        copy_model: put a copy of a small model there too.
         progress: called with a few words.
 
     Raises:
@@ -74,7 +80,11 @@ def locate(
             raise
         problem = f"the candidate failed ({type(error).__name__}: {first_line(error, 'no message')})"
         raise EngineError(problem, fix="Set HARNESS_TRACEBACK=1 to see where it was raised") from error
-    return replace(found, candidate=name_of(candidate), seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    if repro is not None:
+        made = reproduce(golden, candidate, repro, reference=directory, copy_model=copy_model, progress=progress)
+        found = replace(found, repro=str(made))
+    return replace(found, candidate=name_of(candidate), seconds=seconds)
 
 
 def proposed_map(

@@ -68,6 +68,7 @@ class Where:
         modules: how many modules were tested.
         tests: how many statistics.
         notes: what could not be looked at, and what is only known otherwise.
+        repro: what came of writing the smallest failing case; "" where it was not asked for.
         seconds: it took.
     """
 
@@ -85,6 +86,7 @@ class Where:
     modules: int = 0
     tests: int = 0
     notes: tuple[str, ...] = ()
+    repro: str = ""
     seconds: float = 0.0
 
     @property

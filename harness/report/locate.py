@@ -40,6 +40,8 @@ def _lines(found: Where) -> Iterator[str]:
         yield f"  {found.modules} modules tested, {found.tests} statistics, in {found.precision}"
     for note in found.notes:
         yield f"  not seen: {note}"
+    if found.repro:
+        yield f"  repro: {found.repro}"
 
 
 def headline(found: Where) -> str:
@@ -82,6 +84,7 @@ def where_to_dict(found: Where) -> dict[str, Any]:
         "modules": found.modules,
         "tests": found.tests,
         "notes": list(found.notes),
+        "repro": found.repro or None,
         "seconds": round(found.seconds, 2),
     }
 

@@ -137,3 +137,24 @@ def test_the_command_writes_what_it_says(golden, tmp_path, monkeypatch, capsys):
     assert ended.code == 1, ended.err
     assert "first wrong: model.layers.0.self_attn.o_proj" in ended.out
     assert json.loads(file.read_text())["module"] == "model.layers.0.self_attn.o_proj"
+
+
+def test_the_smallest_case_of_what_is_located_is_written(golden, tmp_path):
+    """Asked for with `repro`, it lies there as a script and a test, and the answer says so in a field of its own."""
+    model = harness.reference_model(golden, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = 0
+    found = harness.locate(golden, model, repro=tmp_path / "case")
+    assert found.module == "model.layers.1.mlp.up_proj"
+    assert "1 prompt of 1 token" in found.repro
+    assert f"  repro: {found.repro}" in str(found)
+    assert found.to_dict()["repro"] == found.repro
+    assert "def build" in (tmp_path / "case/repro.py").read_text()
+    assert harness.locate(golden, model).to_dict()["repro"] is None
+
+
+def test_a_copy_of_the_model_is_for_a_case(golden, monkeypatch, capsys):
+    """Asked for alone, it is refused in one line."""
+    ended = runner(monkeypatch, capsys)("locate", golden.directory, "-c", "hf", "--copy-model")
+    assert ended.code == 2
+    assert "--copy-model copies into the directory of --repro" in ended.err
