@@ -19,8 +19,9 @@ from harness.speed.clock import Sample
 from harness.speed.shapes import Shape
 from harness.speed.sides import Side
 
-#: Turns of each side in a round, each with a ratio of its own, of which the median counts.
-TURNS = 3
+#: Turns of each side in a round, each with a ratio of its own, of which the median counts. To open both sides and to
+#: warm them up costs as much as three or four turns of a small model, and rounds scatter as their turns do.
+TURNS = 5
 #: The first token is taken so often that it lasts this many seconds in all, but at most so many times.
 _PREFILL_SECONDS = 0.05
 _MOST_REPEATS = 9

@@ -1,8 +1,10 @@
 """Rounds of two sides, in turns."""
 
-from harness.speed import processors
+import pytest
+
+from harness.speed import processors, sampling
 from harness.speed.clock import Sample
-from harness.speed.sampling import TURNS, Sampler
+from harness.speed.sampling import Sampler
 from harness.speed.shapes import Shape
 
 SHAPES = (Shape(batch=1, prompt=2, new=3), Shape(batch=4, prompt=2, new=3))
@@ -28,6 +30,12 @@ class Side:
     def sample(self, prompts, new, *, repeats):
         self._log.append((self._name, len(prompts), new, repeats))
         return Sample(prefill=self._prefill, step=float(len(self._log)), memory=1)
+
+
+@pytest.fixture(autouse=True)
+def _three_turns(monkeypatch):
+    """So few can be written down."""
+    monkeypatch.setattr(sampling, "TURNS", 3)
 
 
 def sampler(prefill=(0.02, 0.01), processors=(None, None)):
@@ -103,7 +111,7 @@ def test_more_rounds_go_on_from_those_that_there_are():
     found.extend(5, SHAPES[1:])
     assert [len(one.base) for one in found.rounds] == [3, 5]
     assert found.count == 5
-    assert len(samples(log)) == (3 * 2 + 2) * 2 * (1 + TURNS)
+    assert len(samples(log)) == (3 * 2 + 2) * 2 * (1 + sampling.TURNS)
 
 
 def test_a_short_first_token_is_taken_several_times_on_both_sides():
