@@ -88,8 +88,8 @@ class SlicedSketch:
 
         state = self._state
         best_n, place_n = logits_nv.max(dim=-1)
-        # `not <=`: a NaN wins, as it does in argmax.
-        wins_n = ~(best_n.double() <= state["best"][rows])
+        # `not <=`: a NaN wins, as it does in argmax, and the first one stays.
+        wins_n = ~(best_n.double() <= state["best"][rows]) & ~state["best"][rows].isnan()
         state["argmax"][rows] = torch.where(wins_n, place_n + column, state["argmax"][rows])
         state["best"][rows] = torch.where(wins_n, best_n.double(), state["best"][rows])
         stop = min(column + logits_nv.shape[1], self.vocabulary)

@@ -75,10 +75,11 @@ def test_a_nan_is_counted_and_wins():
     """A NaN in any slice is seen: it is counted, is the argmax, and makes the sums NaN."""
     logits_NV = torch.zeros((1, COLUMNS))
     logits_NV[0, 30] = torch.nan
-    whole, sliced = both(logits_NV, {10, 20})
-    assert sliced.nonfinite[0] == whole.nonfinite[0] == 1
-    assert sliced.argmax[0] == whole.argmax[0] == 30
-    assert np.isnan(sliced.logsumexp[0])
+    for cuts in ({10, 20}, {10, 40}, {31, 50}):  # in the last slice, or with others behind it
+        whole, sliced = both(logits_NV, cuts)
+        assert sliced.nonfinite[0] == whole.nonfinite[0] == 1
+        assert sliced.argmax[0] == whole.argmax[0] == 30
+        assert np.isnan(sliced.logsumexp[0])
 
 
 def test_it_goes_on_where_another_stopped():

@@ -314,9 +314,16 @@ class StreamEngine(Engine):
             budget=int(self.options.hidden_gb * _GB),
             directory=work,
             rounds=self._load not in (self._native, self._dtype),
+            converts=all(
+                files.FLOATS.get(place.dtype) not in (None, self._load)
+                for block in self.skeleton.block_places()
+                for place in block
+            ),
             late=self._dtype != self._native and preflight.is_large(self.skeleton, self._dtype),
             keep=keep and work is not None,
-            work=self._work_digest(sequences, starts, [str(variant) for variant in variants]),
+            work=self._work_digest(
+                sequences, starts, [str(variant) for variant in variants], vocabulary, fingerprints, _of_basis(basis)
+            ),
         )
         estimate = preflight.check(self.skeleton, settings, together, len(variants))
         self.progress(str(estimate))
@@ -353,7 +360,7 @@ class StreamEngine(Engine):
 
     def _work_digest(self, *what: Any) -> str:
         config = self.skeleton.model.config.to_json_string()
-        how = [self._load, self._dtype, self.options.attn, self._widens, versions()]
+        how = [self._load, self._dtype, self.options.attn, self.options.device, self._widens, versions()]
         return _digest([files.stamp(self._places), config, how, *what])
 
 

@@ -83,7 +83,7 @@ def _index(directory: Path) -> dict[str, str]:
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         named = {str(name): str(file) for name, file in places.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not an index of safetensors files ({error})", fix=_RESTORE) from None
     missing = sorted({file for file in named.values() if not (directory / file).is_file()})
     if missing:

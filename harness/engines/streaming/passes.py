@@ -52,6 +52,7 @@ class Settings:
         budget: bytes of hidden states that stay in memory.
         directory: where to commit after each block, None for nowhere.
         rounds: whether ``load`` is narrower than the checkpoint.
+        converts: whether each tensor of a block is stored in another dtype than ``load``.
         late: hold a block as it is stored, and cast each Linear only while it computes.
         keep: leave the sums there when all is done.
         work: digest of what is done.
@@ -64,6 +65,7 @@ class Settings:
     budget: int
     directory: Path | None
     rounds: bool
+    converts: bool
     late: bool
     keep: bool
     work: str
@@ -71,7 +73,7 @@ class Settings:
     @property
     def copies(self) -> bool:
         """Whether tensors are made anew from what was read, whose memory is then free."""
-        return self.load != self.dtype or self.device != "cpu"
+        return self.load != self.dtype or self.device != "cpu" or self.converts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

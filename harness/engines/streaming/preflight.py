@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.engines.streaming import reading
-from harness.engines.streaming.files import Place
+from harness.engines.streaming.files import FLOATS, Place
 from harness.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def check(skeleton: Skeleton, settings: Settings, groups: Sequence[Group], varia
     widened = max(_elements(block) for block in blocks) * size
     tokens = sum(group.ids_BT.size for group in groups)
     hidden = tokens * skeleton.embedding_place.shape[1] * size * variants
-    weights = largest + widened if settings.copies else 2 * largest
+    # Two buffers, and beside them a block where only some of its tensors are used as they were read.
+    kept = 2 * largest if all(_is_loaded_as_stored(block, settings) for block in blocks) else 2 * largest + widened
+    weights = largest + widened if settings.copies else kept
     if settings.late:
         layer = max(_elements([place]) for block in blocks for place in block) * size
         weights = 2 * largest + _PART_BYTES + (layer if variants > 1 else 0)
@@ -94,6 +96,10 @@ def check(skeleton: Skeleton, settings: Settings, groups: Sequence[Group], varia
         read_seconds=read / read_speed(_largest_file(blocks), settings.direct) if timed else 0.0,
         compute_seconds=operations / multiply_speed(settings.dtype) if timed else 0.0,
     )
+
+
+def _is_loaded_as_stored(block: Sequence[Place], settings: Settings) -> bool:
+    return all(FLOATS.get(place.dtype, settings.load) == settings.load for place in block)
 
 
 def is_large(skeleton: Skeleton, dtype: str) -> bool:

@@ -34,11 +34,15 @@ _CHUNK = 2**25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Bytes of one file that are read in one go, and where they go in the buffer; all in whole sectors."""
+    """Bytes of one file that are read in one go, and where they go in the buffer; all in whole sectors.
+
+    ``needed`` are those up to the end of the last tensor: the file may end in the last sector.
+    """
 
     file: Path
     start: int
     bytes: int
+    needed: int
     into: int
 
 
@@ -63,8 +67,9 @@ def plan(places: Sequence[Place]) -> Plan:
         if not group:
             return
         start = group[0].start // _SECTOR * _SECTOR
-        end = -(-(group[-1].start + group[-1].bytes) // _SECTOR) * _SECTOR
-        runs.append(Run(file=group[0].file, start=start, bytes=end - start, into=into))
+        last = group[-1].start + group[-1].bytes
+        end = -(-last // _SECTOR) * _SECTOR
+        runs.append(Run(file=group[0].file, start=start, bytes=end - start, needed=last - start, into=into))
         where.update({one.name: (one, into + one.start - start) for one in group})
         into += end - start
         group.clear()
@@ -171,20 +176,19 @@ class Reader:
         view = memoryview(buffer)
         done = 0
         try:
-            while done < run.bytes and not self._stopped.is_set():
+            while done < run.needed and not self._stopped.is_set():
                 size = min(_CHUNK, run.bytes - done)
                 got = os.preadv(handle, [view[run.into + done : run.into + done + size]], run.start + done)
                 if got == 0:
                     break
                 done += got
-                if got % _SECTOR:  # the end of the file, which lies in the last sector
-                    break
         except OSError as error:
             problem = f"{run.file} cannot be read at byte {run.start + done:,} ({error.strerror})"
             raise ModelError(problem, fix="Check the disk, or copy the file again") from error
         finally:
             view.release()
-        if done < run.bytes - _SECTOR and not self._stopped.is_set():
+        # Not a byte less: what the buffer held before would be taken for weights.
+        if done < run.needed and not self._stopped.is_set():
             problem = f"{run.file} ended at byte {run.start + done:,} while it was read"
             raise ModelError(problem, fix="It was changed meanwhile: copy it again, and run again")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness import flow, scorer
 from harness.engines import build_engine
 from harness.engines.streaming import preflight, reading
+from harness.engines.streaming.files import Place
 from harness.errors import EngineError, ModelError, UsageError
 from harness.numerics import metrics
 from harness.values import Request, Status
@@ -200,3 +202,56 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(models, tmp_path):
             opened.truncate(4096)
         with pytest.raises(ModelError, match="while it was read"):
             scorer.teacher_forced(engine, REQUESTS, CONTINUATIONS)
+
+
+@pytest.mark.parametrize("lost", [1, 4000])
+def test_a_file_that_lacks_its_last_bytes_is_no_whole_one(tmp_path, lost):
+    """Less than a sector is missing, in whatever pieces the rest comes: what the buffer held before is no weight."""
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(20_000))
+    place = Place(name="w", file=file, dtype="F32", shape=(3000,), start=8000)
+    whole = reading.plan([place])
+    with reading.Reader([[place]], direct=False) as reader:
+        assert [piece.tensor("w").sum().item() for piece in reader] == [0.0]
+    assert whole.runs[0].needed == 20_000 - whole.runs[0].start
+    os.truncate(file, 20_000 - lost)
+    reader = reading.Reader([[place]], direct=False)
+    with reader, pytest.raises(ModelError, match="ended at byte"):
+        list(reader)
+
+
+def test_reads_that_come_short_are_gone_on_with(tmp_path, monkeypatch):
+    """A file over a network may give less at a time than is asked for; that is not its end."""
+    real = os.preadv
+    monkeypatch.setattr(reading.os, "preadv", lambda handle, views, at: real(handle, [views[0][:700]], at))
+    file = tmp_path / "weights"
+    numbers = torch.arange(3000, dtype=torch.float32)
+    file.write_bytes(bytes(8000) + numbers.numpy().tobytes())
+    place = Place(name="w", file=file, dtype="F32", shape=(3000,), start=8000)
+    with reading.Reader([[place]], direct=False) as reader:
+        assert all(torch.equal(piece.tensor("w"), numbers) for piece in reader)
+
+
+def test_a_killed_pass_is_gone_on_with_only_for_the_same_sums(models):
+    """Another basis, vocabulary or device makes other sums of the same sequences."""
+    with build_engine("stream", model=str(models / "llama")) as engine:
+        same = [engine._work_digest([1], vocabulary, True, basis) for vocabulary, basis in ((9, "a"), (9, "a"))]
+        others = [engine._work_digest([1], vocabulary, True, basis) for vocabulary, basis in ((8, "a"), (9, "b"))]
+    assert len({*same, *others}) == 3
+
+
+def test_widened_blocks_are_counted_as_such(models, monkeypatch):
+    """A block in 16 bits that is computed in 32 takes a buffer and twice its size, or two buffers where some stay."""
+    seen = []
+    real = preflight.check
+
+    def check(skeleton, settings, *rest):
+        seen.append((settings.converts, settings.copies, real(skeleton, settings, *rest).memory))
+        return real(skeleton, settings, *rest)
+
+    monkeypatch.setattr(preflight, "check", check)
+    for dtype in ("bfloat16", "float32"):
+        rows(f"stream:dtype={dtype}", models / "llama")
+    (kept, copied, plain), (converted, made, widened) = seen
+    assert (kept, copied, converted, made) == (False, False, True, True)
+    assert widened > plain

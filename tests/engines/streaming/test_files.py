@@ -56,6 +56,11 @@ def with_a_wrong_index(path):
     (path / files.INDEX).write_text(json.dumps(document))
 
 
+def with_a_deep_index(path):
+    """Write an index that nests deeper than Python recurses."""
+    (path / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 200_000 + "]" * 200_000 + "}")
+
+
 def with_an_index_of_nothing(path):
     """Write an index that is none."""
     (path / files.INDEX).write_text("[]")
@@ -85,6 +90,7 @@ def with_places_that_lie(path):
         (without_a_shard, "1 of 2 shards .* are not there, e.g. model-2"),
         (with_a_wrong_index, "does not hold it"),
         (with_an_index_of_nothing, "is not an index"),
+        (with_a_deep_index, "is not an index"),
         (repeating, "repeats the tensor a"),
         (with_a_huge_header, "truncated"),
         (with_places_that_lie, "cannot be read"),
