@@ -115,7 +115,8 @@ class Block:
 
 
 _FENCE = re.compile(
-    r"^(?P<notes>(?:<!-- (?:file|exit): [^\n]+ -->\n)*)```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<notes>(?:<!-- (?:file|exit): [^\n]+ -->\n)*)```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
