@@ -558,9 +558,10 @@ def _static_cache(model: PreTrainedModel, batch: int, length: int) -> Any:
 
     known = inspect.signature(StaticCache.__init__).parameters
     wanted: dict[str, Any] = {"max_batch_size": batch, "device": model.device, "dtype": model.dtype}
-    return StaticCache(
-        config=model.config, max_cache_len=length, **{key: value for key, value in wanted.items() if key in known}
-    )
+    # transformers 4.55 hands on whatever it is given, and needs all of it.
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    given = {key: value for key, value in wanted.items() if takes_any or key in known}
+    return StaticCache(config=model.config, max_cache_len=length, **given)
 
 
 def _static_length(cache: Any) -> int:

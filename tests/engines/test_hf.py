@@ -855,3 +855,24 @@ def test_a_static_cache_of_a_sliding_window_is_exact(tmp_path):
             assert engine.settings["cache"] == ("StaticCache" if static else "DynamicCache")
             shown.append(sketcher.rows().projections)
     assert np.array_equal(*shown)
+
+
+def test_a_static_cache_is_given_what_any_version_asks_for(models, monkeypatch):
+    """One that hands everything on (transformers 4.55) gets all of it, one that names what it takes only that."""
+    import transformers
+
+    seen = []
+
+    class Naming:
+        def __init__(self, *, config, max_cache_len, dtype):
+            seen.append({"dtype"})
+
+    class Handing:
+        def __init__(self, config, max_cache_len, **more):
+            seen.append(set(more))
+
+    with opened("hf", str(models / "llama")) as engine:
+        for kind in (Naming, Handing):
+            monkeypatch.setattr(transformers, "StaticCache", kind)
+            hf._static_cache(engine.model, 2, 10)
+    assert seen == [{"dtype"}, {"dtype", "device", "max_batch_size"}]
