@@ -292,8 +292,8 @@ def test_both_questions_are_diagnosed(cached):
     for answer in (function, precision):
         assert [one.name for one in answer.diagnosis.named] == ["x-rows-swapped"]
     assert function.diagnosis.named[0].coefficient == pytest.approx(1, abs=0.01)
-    # By more than an order of magnitude on any processor: the scatter over four prompts, which bounds z in float32, is that
-    # of this processor's kernels (80 and more than 100 were seen).
+    # By more than an order of magnitude on any processor: the scatter over four prompts, which bounds z in float32, is
+    # that of its kernels (80 and more than 100 were seen).
     assert function.diagnosis.named[0].z > 10 * precision.diagnosis.named[0].z
 
 
