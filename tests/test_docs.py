@@ -134,6 +134,15 @@ def blocks_of(document):
         )
 
 
+def test_a_note_ends_with_its_line(tmp_path):
+    """A file's note takes nothing in that stands between it and a later exit code: each block is there."""
+    (tmp_path / "x.md").write_text(
+        "<!-- file: a.toml -->\n```toml\na = 1\n```\n\n```sh\nfirst\n```\n\n<!-- exit: 1 -->\n```sh\nsecond\n```\n"
+    )
+    found = [(block.file, block.text, block.exit) for block in blocks_of(tmp_path / "x.md")]
+    assert found == [("a.toml", "a = 1\n", 0), (None, "first\n", 0), (None, "second\n", 1)]
+
+
 def shortened(text):
     """A block's text with what takes long replaced, and without what is run elsewhere."""
     lines = [line for line in text.splitlines() if line.partition("#")[0].strip() not in ELSEWHERE]

@@ -73,6 +73,7 @@ def observe_streamed(
             while not state.is_done:
                 state = speculative.advance(state, requests, proposes, score, stop_ids)
                 _commit(directory, work, state, engine.vocabulary)
+                _use_up(directory)
                 wrong = sum(state.mistakes)
                 progress(f"round {state.rounds}: {sum(state.ended)} of {len(requests)} whole, {wrong} mistakes")
     generations, rows = speculative.result(state, stop_ids, engine.vocabulary)
@@ -190,7 +191,10 @@ def _commit(directory: Path | None, work: str, state: speculative.Progress, voca
         Trace(
             engine="stream",
             declared={},
-            settings={"rounds": state.rounds, "mistakes": list(state.mistakes), "ended": list(state.ended)},
+            settings={
+                "rounds": state.rounds, "mistakes": list(state.mistakes), "ended": list(state.ended),
+                "pass": hidden.work_in(directory),
+            },
             capabilities=frozenset({"logits"}),
             vocabulary=vocabulary,
             suite_digest=work,
@@ -207,6 +211,15 @@ def _commit(directory: Path | None, work: str, state: speculative.Progress, voca
     )  # fmt: skip
 
 
+def _use_up(directory: Path | None) -> None:
+    """Remove the pass whose result the committed rounds hold, and no other."""
+    if directory is None or not (directory / _ROUNDS).is_file():
+        return
+    used = load_trace(directory / _ROUNDS).settings.get("pass")
+    if used is not None and hidden.work_in(directory) == used:
+        hidden.forget(directory)
+
+
 def _resumed(directory: Path | None, work: str, requests: Sequence[Request]) -> speculative.Progress:
     """Where a killed recording of the same prompts was, else the beginning."""
     if directory is None or not (directory / _ROUNDS).is_file():
@@ -214,6 +227,7 @@ def _resumed(directory: Path | None, work: str, requests: Sequence[Request]) -> 
     trace = load_trace(directory / _ROUNDS)
     if trace.suite_digest != work:
         raise UsageError(f"{directory} holds a recording of other prompts", fix="Remove it, or name another as work=")
+    _use_up(directory)  # where it was killed before that
     settings: Any = trace.settings
     rows = trace.passes[0].rows
     if rows is None:

@@ -10,6 +10,7 @@ import pytest
 from harness import flow, store
 from harness.engines.streaming import engine as streaming
 from harness.errors import UsageError
+from harness.flow import speculating
 from tests.support import write_model, write_suite
 
 
@@ -99,6 +100,18 @@ def test_a_recording_that_is_killed_between_rounds_goes_on(place, monkeypatch):
     assert found.generations == store.read_golden(place / "plain").generations
     assert found.provenance["settings"]["passes"] == len(calls) - 1
     assert [path.name for path in (place / "work").iterdir() if path.is_file()] == []
+
+
+def test_a_recording_that_is_killed_behind_a_commit_goes_on(place, monkeypatch):
+    """The pass whose rows are committed already is not taken for other work, and is not left over."""
+    spec = f"stream:dtype=float64,work={place}/behind"
+    with monkeypatch.context() as patched:
+        patched.setattr(speculating, "_use_up", lambda _directory: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            streamed(place, "behind_out", stream=spec, precisions=[])
+    found = streamed(place, "behind_out", stream=spec, precisions=[])
+    assert found.generations == store.read_golden(place / "plain").generations
+    assert list((place / "behind").iterdir()) == []
 
 
 def test_what_cannot_be_streamed_is_refused(place):

@@ -82,6 +82,20 @@ def test_a_nan_is_counted_and_wins():
         assert np.isnan(sliced.logsumexp[0])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.sets(st.integers(1, COLUMNS - 1), max_size=8),
+    columns=st.lists(st.sets(st.integers(0, COLUMNS - 1), max_size=5), min_size=ROWS, max_size=ROWS),
+)
+def test_the_best_of_rows_with_nan_is_torch_s(cuts, columns):
+    """Wherever the vocabulary is cut and NaN stand, the argmax is that of torch on whole rows."""
+    logits_NV = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(0))
+    for row, places in enumerate(columns):
+        logits_NV[row, sorted(places)] = torch.nan
+    _, sliced = both(logits_NV, cuts)
+    assert sliced.argmax.tolist() == logits_NV.argmax(dim=-1).tolist()
+
+
 def test_it_goes_on_where_another_stopped():
     """What one carried so far, another goes on from to the same bits; of other work it takes nothing."""
     logits_NV = torch.randn((3, COLUMNS), generator=torch.Generator().manual_seed(1))

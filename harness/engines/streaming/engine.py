@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _GB = 10**9
 #: Hidden states up to this stay in memory.
 _BUDGET_GB = 2.0
+#: Letters of a digest that name the directory of one of a check's passes.
+_PART = 12
 
 _LIMITS = (
     "the decode path: a streamed pass scores whole sequences alone",
@@ -118,6 +120,7 @@ class StreamEngine(Engine):
         self._skeleton: Skeleton | None = None
         self._tokenizer: Any = None
         self._known: tuple[str, Rows] | None = None
+        self._ran: dict[str, str] = {}
 
     # --- opening -----------------------------------------------------------------------------------
 
@@ -148,6 +151,7 @@ class StreamEngine(Engine):
             str(source), self._places, load=built, dtype=self._dtype, attention=self.options.attn
         )
         self._known = None
+        self._ran = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -193,18 +197,19 @@ class StreamEngine(Engine):
 
     @property
     def settings(self) -> Mapping[str, Any]:
+        """What is in force: dtype and device as the parts had them in the last pass; before it, as they will be."""
         import torch
 
         model = self.skeleton.model
         return {
             "engine": "stream",
             "model": type(model).__name__,
-            "dtype": self._dtype,
+            "dtype": self._ran.get("dtype", self._dtype),
             "buffers": modules.dtypes(model.buffers()),
             "weights": self.options.weights if not self._widens else None,
             "attn": getattr(model.config, "_attn_implementation", "unknown"),
             "threads": torch.get_num_threads(),
-            "device": (self.options.device or "cpu").partition(":")[0],
+            "device": self._ran.get("device", (self.options.device or "cpu").partition(":")[0]),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "missing_tensors": [],
             "signature": files.signature(self._places),
@@ -262,8 +267,11 @@ class StreamEngine(Engine):
         key = _digest([sequences, starts, sketcher.vocabulary, sketcher.fingerprints, _of_basis(sketcher.basis)])
         if self._known is None or self._known[0] != key:
             rows = self.score(sequences, starts, vocabulary=sketcher.vocabulary, basis=sketcher.basis,
-                              fingerprints=sketcher.fingerprints)[0]  # fmt: skip
+                              fingerprints=sketcher.fingerprints, part=key[:_PART])[0]  # fmt: skip
             self._known = (key, rows)
+            if self.options.work:
+                with suppress(OSError):  # there is more in it
+                    (Path(self.options.work) / key[:_PART]).rmdir()
         sketcher.put(self._known[1])
 
     def score(
@@ -276,6 +284,7 @@ class StreamEngine(Engine):
         basis: NDArray[np.float64] | None = None,
         fingerprints: bool = False,
         keep: bool = False,
+        part: str = "",
     ) -> list[Rows]:
         """Rows of every sequence, for each variant, all from one pass over the weights.
 
@@ -287,6 +296,7 @@ class StreamEngine(Engine):
             basis: as a Sketcher's.
             fingerprints: as a Sketcher's.
             keep: leave the result in the directory ``work``: asked for again, it is there.
+            part: of that directory, where several passes take turns.
 
         Raises:
             HarnessError: before the first block is read, for what would fail later.
@@ -303,7 +313,7 @@ class StreamEngine(Engine):
             ]
             for _ in variants
         ]
-        work = Path(self.options.work) if self.options.work else None
+        work = Path(self.options.work) / part if self.options.work else None
         settings = passes.Settings(
             load=self._load,
             dtype=self._dtype,
@@ -338,6 +348,8 @@ class StreamEngine(Engine):
         )
         one.run()
         self.took = one.took
+        if one.dtypes:  # a result that was kept runs nothing
+            self._ran = {"dtype": modules.common(one.dtypes), "device": modules.common(one.devices)}
         return [_rows(parts, vocabulary or self.vocabulary) for parts in sketches]
 
     def upcast(self) -> StreamEngine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 PROGRESS = "progress.json"
+_HIDDEN, _SUMS = re.compile(r"hidden-\d+\.bin"), re.compile(r"sums-[a-z]+-\d+\.safetensors")
 #: The stage of work that is done, and whose sums are kept.
 FINISHED = "finished"
 
@@ -120,7 +122,7 @@ class States:
         if self._committed is None:
             return
         document: dict[str, Any] = {"work": self._work, "hidden": self._file.name if self._file else None, **words}
-        old = {path.name for path in self._committed.glob("sums-*.safetensors")}
+        old = {path.name for path in _named(self._committed, _SUMS)}
         if arrays is not None:
             from safetensors.torch import save
 
@@ -132,19 +134,35 @@ class States:
             (self._committed / name).unlink(missing_ok=True)
 
     def resume(self) -> dict[str, Any] | None:
-        """The words of the last commit of this very work, its states current again; None to start at the beginning."""
-        words = None if self._committed is None else progress_in(self._committed)
-        if words is None or self._committed is None or words.get("work") != self._work:
-            self._clear()
+        """The words of the last commit of this very work, its states current again; None to start at the beginning.
+
+        Raises:
+            UsageError: where other work can be gone on from there, or files lie there that no pass wrote.
+        """
+        if self._committed is None:
             return None
-        if words.get("hidden") is None and words.get("stage") == FINISHED:
+        _refuse_others(self._committed)
+        words = progress_in(self._committed)
+        if words is not None and words.get("work") != self._work and _is_intact(self._committed, words):
+            raise UsageError(
+                f"{self._committed} holds other work, {_so_far(words)}: other prompts, weights, settings or versions",
+                fix="Run that to its end, remove the directory, or name another as work=",
+            )
+        if words is None or words.get("work") != self._work:
+            self._anew()
+            return None
+        if not _is_intact(self._committed, words):
+            if words.get("done") != 0 or words.get("hidden") is not None:
+                self._anew()
+            return None
+        if words.get("hidden") is None:
             return words
         file = self._committed / str(words["hidden"])
-        if not file.is_file() or file.stat().st_size != self.bytes:
-            self._clear()
+        if file.stat().st_size != self.bytes:
+            self._anew()
             return None
         self._file, self._number = file, int(file.stem.rpartition("-")[2])
-        for path in self._committed.glob("hidden-*.bin"):
+        for path in _named(self._committed, _HIDDEN):
             if path != file:
                 path.unlink(missing_ok=True)  # half written when the process ended
         if not self.spilled:
@@ -168,25 +186,80 @@ class States:
         if file is not None and self._committed is not None:
             file.unlink(missing_ok=True)
 
+    def _anew(self) -> None:
+        """Nothing to go on from; the first words are there before the first file, which so is known as a pass's."""
+        self._clear()
+        self.note({"stage": "blocks", "done": 0})
+
     def _clear(self) -> None:
         if self._committed is not None:
             forget(self._committed)
 
 
 def forget(directory: Path) -> None:
-    """Remove what was committed there, and nothing else."""
-    if not directory.is_dir():
+    """Remove what was committed there, and nothing else: without words of a pass no file there is one's."""
+    if not _is_ours(directory / PROGRESS):
         return
-    (directory / PROGRESS).unlink(missing_ok=True)
-    for path in [*directory.glob("hidden-*.bin"), *directory.glob("sums-*.safetensors")]:
+    for path in [*_named(directory, _HIDDEN), *_named(directory, _SUMS)]:
         path.unlink(missing_ok=True)
+    (directory / PROGRESS).unlink(missing_ok=True)  # the last: it says whose the others are
     sync(directory)
+
+
+def work_in(directory: Path) -> str | None:
+    """The digest of the work whose last commit lies there, None without one."""
+    words = progress_in(directory)
+    return None if words is None else str(words["work"])
+
+
+def _refuse_others(directory: Path) -> None:
+    """No file of a pass's names that no pass wrote.
+
+    Raises:
+        UsageError: for one.
+    """
+    if _is_ours(directory / PROGRESS):
+        return
+    found = [*_named(directory, _HIDDEN), *_named(directory, _SUMS)]
+    if (directory / PROGRESS).exists():
+        found.append(directory / PROGRESS)
+    if found:
+        problem = f"{directory} holds {found[-1].name}, which is not known to be a streamed pass's"
+        raise UsageError(problem, fix="Remove it, or name another directory as work=")
+
+
+def _is_ours(progress: Path) -> bool:
+    """Whether a pass wrote it, damaged or not."""
+    words = _words(progress)
+    return words is not None and {"work", "hidden", "stage", "digest"} <= words.keys()
+
+
+def _is_intact(directory: Path, words: Mapping[str, Any]) -> bool:
+    """Whether there is something to go on from, or a result."""
+    named = [(pattern, str(words[key])) for key, pattern in (("hidden", _HIDDEN), ("sums", _SUMS)) if words.get(key)]
+    return bool(named) and all(pattern.fullmatch(name) and (directory / name).is_file() for pattern, name in named)
+
+
+def _so_far(words: Mapping[str, Any]) -> str:
+    done = words.get("done")
+    return {"blocks": f"{done} blocks done", "head": f"{done} slices of the head done"}.get(
+        str(words.get("stage")), "finished"
+    )
+
+
+def _named(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
+    return [path for path in directory.iterdir() if pattern.fullmatch(path.name)]
 
 
 def progress_in(directory: Path) -> dict[str, Any] | None:
     """What a directory's last commit says, None without one or where it was damaged."""
+    words = _words(directory / PROGRESS)
+    return words if words is not None and words.get("digest") == content_digest(words) else None
+
+
+def _words(progress: Path) -> dict[str, Any] | None:
     try:
-        words = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        words = json.loads(progress.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return words if isinstance(words, dict) and words.get("digest") == content_digest(words) else None
+    return words if isinstance(words, dict) else None

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from harness.engines.modules import dtype_name
 from harness.engines.streaming.files import FLOATS, Place
 from harness.engines.streaming.grouping import Group
 from harness.engines.streaming.hidden import FINISHED, States
@@ -106,6 +107,7 @@ class Pass:
         variants: ways to compute, the plain one being None.
         progress: called with a few words.
         took: of each piece, filled by ``run``.
+        dtypes, devices: read back from the parts while they computed.
         lift: opened around whatever computes.
     """
 
@@ -117,6 +119,8 @@ class Pass:
     progress: Callable[[str], None]
     lift: Callable[[], AbstractContextManager[object]] = nullcontext
     took: list[Took] = field(default_factory=list)
+    dtypes: set[str] = field(default_factory=set)
+    devices: set[str] = field(default_factory=set)
     _calls: list[_Calls] = field(default_factory=list)
     _tuples: bool = False
     _output: Any = None
@@ -288,7 +292,9 @@ class Pass:
                         stack.enter_context(widened_late(module, self._cast))
                     if variant is not None:
                         stack.enter_context(variant(name, module))
-                    states.write(item, self._through(index, module, item, group, variant, states))
+                    result = self._through(index, module, item, group, variant, states)
+                    self._read_back(result, *(p for n, p in module.named_parameters(prefix=name) if n not in late))
+                    states.write(item, result)
         piece.release()
         states.commit({"stage": "blocks", "done": index + 1, "tuples": self._tuples})
         self._note(name, piece, started, waited)
@@ -389,6 +395,7 @@ class Pass:
                 for first in range(0, len(hidden_NH), _ROWS):
                     self._output = hidden_NH[None, first : first + _ROWS].to(self.settings.device)
                     logits_nv = self.skeleton.model(input_ids=dummy, use_cache=False).logits[0]
+                    self._read_back(weight, *bias)
                     self._sketch(item).add(first, column, logits_nv.cpu())
         finally:
             del head.forward
@@ -407,6 +414,11 @@ class Pass:
 
     def _sketch(self, item: int) -> SlicedSketch:
         return self.sketches[item // len(self.groups)][item % len(self.groups)]
+
+    def _read_back(self, *tensors: torch.Tensor) -> None:
+        """What is there, not what was asked for; a weight that is cast while it computes shows in what it gives."""
+        self.dtypes |= {dtype_name(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
+        self.devices |= {tensor.device.type for tensor in tensors}
 
     def _note(self, name: str, piece: Piece, started: float, waited: float) -> None:
         ended = time.perf_counter()

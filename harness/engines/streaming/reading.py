@@ -7,6 +7,8 @@ file pages that push out others. Smaller checkpoints come through the cache, so 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import queue
@@ -178,7 +180,7 @@ class Reader:
         try:
             while done < run.needed and not self._stopped.is_set():
                 size = min(_CHUNK, run.bytes - done)
-                got = os.preadv(handle, [view[run.into + done : run.into + done + size]], run.start + done)
+                got = _some(handle, view[run.into + done : run.into + done + size], run.start + done)
                 if got == 0:
                     break
                 done += got
@@ -191,6 +193,21 @@ class Reader:
         if done < run.needed and not self._stopped.is_set():
             problem = f"{run.file} ended at byte {run.start + done:,} while it was read"
             raise ModelError(problem, fix="It was changed meanwhile: copy it again, and run again")
+
+
+def _some(handle: int, into: memoryview, start: int) -> int:
+    """Bytes that were read; where a direct read is refused, all further ones of this file are through the cache.
+
+    A file system may open a file for direct reads and then refuse them, all or those behind a short one.
+    """
+    try:
+        return os.preadv(handle, [into], start)
+    except OSError as error:
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+        if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+            raise
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return os.preadv(handle, [into], start)
 
 
 def _memory(size: int) -> mmap.mmap:

@@ -97,11 +97,11 @@ class Skeleton:
         All are cast but those whose names are in ``late``.
         """
         before = {}
-        for name, place in self.places.items():
-            if name.startswith(prefix):
-                tensor = tensors(place.name)
-                before[name] = _swap(self.model, name, tensor if name in late else cast(tensor))
         try:
+            for name, place in self.places.items():
+                if name.startswith(prefix):
+                    tensor = tensors(place.name)
+                    before[name] = _swap(self.model, name, tensor if name in late else cast(tensor))
             yield
         finally:
             for name, tensor in before.items():

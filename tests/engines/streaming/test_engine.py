@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness import flow, scorer
 from harness.engines import build_engine
-from harness.engines.streaming import preflight, reading
+from harness.engines.streaming import passes, preflight, reading
 from harness.engines.streaming.files import Place
 from harness.errors import EngineError, ModelError, UsageError
 from harness.numerics import metrics
@@ -82,8 +85,6 @@ def test_it_gives_the_logits_of_the_model_in_memory(models, kind):
 
 def test_a_slice_and_a_spill_change_nothing(models, monkeypatch):
     """A head in many slices, hidden states in a file and direct reads give the same numbers."""
-    from harness.engines.streaming import passes
-
     plain = rows("stream:dtype=float32", models / "llama")
     monkeypatch.setattr(passes, "_SLICE_BYTES", 1000)
     cut = rows("stream:dtype=float32,hidden_gb=0,read=direct", models / "llama")
@@ -232,12 +233,75 @@ def test_reads_that_come_short_are_gone_on_with(tmp_path, monkeypatch):
         assert all(torch.equal(piece.tensor("w"), numbers) for piece in reader)
 
 
+@pytest.mark.parametrize("cut", [None, 700])
+def test_direct_reads_that_are_refused_are_done_through_the_cache(tmp_path, monkeypatch, cut):
+    """A file system that refuses all direct reads, or those behind a short one, is read all the same."""
+    real, refused = os.preadv, []
+
+    def preadv(handle, views, at):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+            if cut is None or at % 4096:
+                refused.append(at)
+                raise OSError(errno.EINVAL, "Invalid argument")
+            short = real(handle, views, at)
+            return min(short, cut)
+        return real(handle, views, at)
+
+    monkeypatch.setattr(reading.os, "preadv", preadv)
+    file = tmp_path / "weights"
+    numbers = torch.arange(3000, dtype=torch.float32)
+    file.write_bytes(bytes(8000) + numbers.numpy().tobytes())
+    place = Place(name="w", file=file, dtype="F32", shape=(3000,), start=8000)
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("no direct reads here")
+    with reading.Reader([[place], [place]], direct=True) as reader:
+        assert all(torch.equal(piece.tensor("w"), numbers) for piece in reader)
+    assert len(refused) == 1
+
+
+def test_settings_are_read_back_from_what_computed(models, monkeypatch):
+    """A weight that was not widened shows, whatever was asked for; in large blocks as in small ones."""
+    with build_engine("stream:dtype=float32", model=str(models / "mistral")) as engine:  # its norms alone are 1-D
+        for large in (preflight.LARGE_BLOCK, 0):
+            monkeypatch.setattr(preflight, "LARGE_BLOCK", large)
+            engine.score([[3, 4, 5]], [1])
+            assert (engine.settings["dtype"], engine.settings["device"]) == ("float32", "cpu")
+        cast = passes.Pass._cast
+        monkeypatch.setattr(passes.Pass, "_cast", lambda self, t: t.clone() if t.ndim == 1 else cast(self, t))
+        monkeypatch.setattr(passes.Settings, "copies", False)
+        engine.score([[3, 4, 5]], [1])
+        assert engine.settings["dtype"] == "bfloat16+float32"
+
+
+def test_a_part_that_cannot_be_filled_stays_empty(models):
+    """Where the copy of one tensor fails, those before it are taken out again."""
+    count = [0]
+
+    def cast(tensor):
+        count[0] += 1
+        if count[0] == 3:
+            raise MemoryError
+        return tensor
+
+    with build_engine("stream", model=str(models / "llama")) as engine:
+        skeleton, name = engine.skeleton, next(iter(engine.skeleton.blocks))
+        before = [one.data_ptr() for one in skeleton.blocks[name].parameters()]
+        with pytest.raises(MemoryError):
+            skeleton.filled(f"{name}.", lambda one: torch.zeros(skeleton.places[one].shape), cast).__enter__()
+        assert count == [3]
+        assert [one.data_ptr() for one in skeleton.blocks[name].parameters()] == before
+
+
 def test_a_killed_pass_is_gone_on_with_only_for_the_same_sums(models):
     """Another basis, vocabulary or device makes other sums of the same sequences."""
     with build_engine("stream", model=str(models / "llama")) as engine:
         same = [engine._work_digest([1], vocabulary, True, basis) for vocabulary, basis in ((9, "a"), (9, "a"))]
         others = [engine._work_digest([1], vocabulary, True, basis) for vocabulary, basis in ((8, "a"), (9, "b"))]
-    assert len({*same, *others}) == 3
+        engine.options = replace(engine.options, device="cuda")
+        others.append(engine._work_digest([1], 9, True, "a"))
+    assert len({*same, *others}) == 4
 
 
 def test_widened_blocks_are_counted_as_such(models, monkeypatch):
