@@ -111,7 +111,7 @@ class Sketcher:
             nonfinite=_array((~torch.isfinite(known_NV)).sum(dim=-1), np.int32),
             logsumexp=_array(logsumexp_N, np.float32),
             logp=_array(known_NV.gather(1, inside_N[:, None])[:, 0] - logsumexp_N, np.float32),
-            entropy=_array(_entropy(known_NV, logsumexp_N), np.float32),
+            entropy=_array(_entropy(known_NV), np.float32),
             projections=_array(known_NV @ matrix_VJ, np.float32),
             top_ids=_array(top.indices, np.int32),
             top_logits=_array(top.values, np.float32),
@@ -173,13 +173,19 @@ def checksum_words(columns: int) -> NDArray[np.int64]:
     return words.view(np.int64)
 
 
-def _entropy(logits_NV: torch.Tensor, logsumexp_N: torch.Tensor) -> torch.Tensor:
-    """Entropy of the softmax, [N]: logsumexp less the mean logit; a masked column (-inf) adds nothing."""
+def _entropy(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Entropy of the softmax, [N]: log W - sum(w d) / W of distances d from the largest logit, w = exp(d), W = sum(w).
+
+    Of the distances: logsumexp less the mean logit cancels where logits are large, and leaves their round-off.
+    """
     import torch
 
-    weight_NV = (logits_NV - logsumexp_N[:, None]).exp()
-    term_NV = weight_NV * logits_NV
-    return logsumexp_N - torch.where(weight_NV == 0, torch.zeros_like(term_NV), term_NV).sum(dim=-1)
+    # A masked column (-inf) adds nothing: its weight is 0, and 0 x inf is not.
+    distance_NV = logits_NV - logits_NV.max(dim=-1, keepdim=True).values
+    weight_NV = distance_NV.exp()
+    term_NV = torch.where(weight_NV == 0, torch.zeros_like(distance_NV), weight_NV * distance_NV)
+    weight_N = weight_NV.sum(dim=-1)
+    return weight_N.log() - term_NV.sum(dim=-1) / weight_N
 
 
 def _array(tensor: torch.Tensor, dtype: type[np.generic]) -> NDArray[Any]:

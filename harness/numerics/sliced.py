@@ -125,11 +125,14 @@ class SlicedSketch:
         # Where all columns so far are masked (-inf) nothing is there to be scaled.
         anchor_n = torch.where(largest_n == -torch.inf, torch.zeros_like(largest_n), largest_n)
         scale_n = torch.where(before_n == -torch.inf, torch.zeros_like(before_n), (before_n - anchor_n).exp())
-        weight_nv = (known_nv - anchor_n[:, None].to(known_nv.dtype)).exp()
-        term_nv = weight_nv * known_nv
-        term_nv = torch.where(weight_nv == 0, torch.zeros_like(term_nv), term_nv)
+        distance_nv = known_nv - anchor_n[:, None].to(known_nv.dtype)
+        weight_nv = distance_nv.exp()
+        term_nv = torch.where(weight_nv == 0, torch.zeros_like(distance_nv), weight_nv * distance_nv)
+        # The moment is about the largest so far (see the entropy of sketch.py): what was carried moves along.
+        moved_n = torch.where(scale_n == 0, torch.zeros_like(scale_n), before_n - anchor_n)
+        moment_n = (state["moment"][rows] + state["weight"][rows] * moved_n) * scale_n
         state["weight"][rows] = state["weight"][rows] * scale_n + weight_nv.sum(dim=-1).double()
-        state["moment"][rows] = state["moment"][rows] * scale_n + term_nv.sum(dim=-1).double()
+        state["moment"][rows] = moment_n + term_nv.sum(dim=-1).double()
         state["largest"][rows] = largest_n
 
     def _top(self, steps_g: torch.Tensor, column: int, known_gv: torch.Tensor) -> None:
@@ -171,7 +174,7 @@ class SlicedSketch:
             nonfinite=_array(state["nonfinite"], np.int32),
             logsumexp=_array(logsumexp_N, np.float32),
             logp=_array(state["chosen"] - logsumexp_N, np.float32),
-            entropy=_array(logsumexp_N - state["moment"] / state["weight"], np.float32),
+            entropy=_array(state["weight"].log() - state["moment"] / state["weight"], np.float32),
             projections=_array(state["projections"], np.float32),
             top_ids=_array(state["top_ids"], np.int32),
             top_logits=_array(state["top_logits"], np.float32),

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harness.numerics.sketch import Sketcher
@@ -44,6 +44,7 @@ def both(logits_NV, cuts, *, vocabulary=COLUMNS, basis=None):
     masked=st.sets(st.integers(0, COLUMNS - 1), max_size=30),
     vocabulary=st.sampled_from([COLUMNS, 40]),
 )
+@example(seed=1, cuts=set(), scale=1e4, dtype=torch.bfloat16, masked=set(), vocabulary=COLUMNS)
 def test_slices_give_what_the_whole_gives(seed, cuts, scale, dtype, masked, vocabulary):
     """Wherever the vocabulary is cut, all numbers are those of whole rows, and whole numbers exactly."""
     generator = torch.Generator().manual_seed(seed)
@@ -58,8 +59,8 @@ def test_slices_give_what_the_whole_gives(seed, cuts, scale, dtype, masked, voca
             np.testing.assert_allclose(
                 getattr(sliced, name), getattr(whole, name), rtol=2e-5, atol=2e-5 * scale, err_msg=name
             )
-    for name in ("logsumexp", "entropy"):
-        np.testing.assert_allclose(getattr(sliced, name), getattr(whole, name), rtol=2e-5, atol=4e-5 * max(1, scale))
+    for name, atol in (("logsumexp", 4e-5 * max(1, scale)), ("entropy", 4e-5)):
+        np.testing.assert_allclose(getattr(sliced, name), getattr(whole, name), rtol=2e-5, atol=atol, err_msg=name)
 
 
 def test_the_first_of_equal_logits_is_the_best():
