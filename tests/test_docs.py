@@ -48,9 +48,7 @@ SHORTER = (
     ),
     ("harness run tp:size=2,dtype=bfloat16", "harness run hf:dtype=bfloat16"),  # the check above it has shards
     ("--quick --diagnose || test $? = 1", "--quick"),  # templates of a suite take minutes
-    ("--names --nulls 3000 --jobs 2", "--names --quick --only wc-tie-overwrites-head --host llama-untied"),
     ("harness models build bloom-tiny", "harness models build bloom-tiny --steps 1 --out built"),
-    ("power --nulls 3000 --jobs 2", "power --nulls 1 --minutes 0.02"),
     ("--spreads --groups 2", "--spreads --groups 1 --minutes 0.2"),
     ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
     ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
@@ -80,6 +78,8 @@ ELSEWHERE = {
     "python benchmarks/scale.py blocks --prompts 24 --tokens 16": "by nobody, as the one above",
     "python benchmarks/scale.py verdicts": "by nobody: minutes, and tests/engines/streaming/ has the verdicts",
     "python benchmarks/scale.py record": "by nobody: minutes, and tests/flow/test_speculating.py has the drafts",
+    "harness power --names --nulls 3000 --jobs 2": "by tests/power/test_naming.py, on one host",
+    "harness power --nulls 3000 --jobs 2": "by tests/power/test_nulls.py, on a small model",
     "make check": "by .ci/run",
     "make test": "by .ci/run, and this is a part of it",
     "make lint": "by .ci/run",
@@ -192,6 +192,7 @@ def run(command, home, *programs, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of a document; each of its blocks has the limit of `run`
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_says_can_be_done(document, data, quick):
     """The blocks of a document run one after the other, each with the exit code that it promises."""

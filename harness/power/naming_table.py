@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -171,7 +172,7 @@ def summary_to_dict(named: Named, records: Sequence[Naming]) -> dict[str, Any]:
     """Everything as plain JSON types."""
     return {
         **{name: list(getattr(named, name)) for name in ("function", "below", "middle")},
-        "ranges": [asdict(one) for one in named.ranges],
+        "ranges": [{**asdict(one), "high": one.high if math.isfinite(one.high) else None} for one in named.ranges],
         "nulls": {name: {**asdict(rate), "bound": rate.bound} for name, rate in named.nulls.items()},
         "controls": asdict(named.controls),
         "records": [asdict(one) for one in of_this_rule(records)],

@@ -12,6 +12,7 @@ from harness.power import naming, naming_table
 from harness.power.ledger import rule_version
 from harness.power.naming import Naming
 from harness.templates import making
+from tests.commands import runner
 
 
 def record(**more) -> Naming:
@@ -71,18 +72,18 @@ def bench(tmp_path_factory, goldens):
         patch.setattr(making, "bugs_for", lambda kind: [one for one in everything(kind) if one[0].id in names])
         patch.setattr(naming, "PRECISIONS", ("float32", "bfloat16"))  # what is tried, no more
         naming.run_namings(asked, work, lambda *_: None, goldens=goldens)
-    return asked, naming.read_namings(work)
+    return asked, naming.read_namings(work), work
 
 
 def test_every_blank_is_filled_once(bench):
     """Each of what was asked is there once."""
-    asked, found = bench
+    asked, found, _ = bench
     assert sorted(one.key for one in found) == sorted(one.key for one in asked)
 
 
 def test_a_bug_and_a_pair_are_named(bench):
     """In float32 the bug has its own name at a coefficient of 1, and of two bugs both are named."""
-    _, found = bench
+    _, found, _ = bench
     one = next(one for one in found if one.kind == "bug" and one.precision == "float32" and one.strength == 1.0)
     assert (one.named, one.right, one.without) == (("x-row-scaled",), True, "deviates")
     assert one.coefficient == pytest.approx(1, abs=0.01)
@@ -93,10 +94,21 @@ def test_a_bug_and_a_pair_are_named(bench):
 
 def test_signal_is_smaller_for_a_weaker_bug(bench):
     """S/N falls with the strength, and is that of the precision."""
-    _, found = bench
+    _, found, _ = bench
     signals = {(one.precision, one.strength): one.signal for one in found if one.kind == "bug"}
     assert signals["float32", 0.1] == pytest.approx(signals["float32", 1.0] / 10, rel=0.05)
     assert signals["bfloat16", 1.0] < 0.01 * signals["float32", 1.0]
+
+
+def test_the_command_shows_what_is_there(bench, monkeypatch, capsys):
+    """`harness power --names` runs nothing twice, and prints the table of all that was asked."""
+    asked, found, work = bench
+    monkeypatch.setattr(naming, "PRECISIONS", ("float32", "bfloat16"))
+    chosen = ("--names", "--quick", "--host", "gpt2-tiny", "--only", "x-row-scaled,x-rows-swapped+x-bias-doubled")
+    ended = runner(monkeypatch, capsys)("power", *chosen, "--work", work, "--json", work / "names.json")
+    assert (ended.code, ended.out) == (0, naming_table.summary_to_text(naming_table.summarise(found)) + "\n")
+    assert len(json.loads((work / "names.json").read_text())[0]["records"]) == len(asked)
+    assert naming.read_namings(work) == found
 
 
 # --- the table ---------------------------------------------------------------------------------
