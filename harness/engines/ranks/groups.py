@@ -6,6 +6,7 @@ finds them and no other rank. A link is a group beside it: the same shard of eve
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from datetime import timedelta
 from types import TracebackType
@@ -71,6 +72,7 @@ class Groups:
         self._sent, self._link = [], None
         if dist.is_initialized():
             dist.destroy_process_group()
+            _forget_meshes()
 
     def send(self, hidden_BTH: torch.Tensor) -> None:
         """Hand hidden states to the next stage, and go on without waiting for it."""
@@ -104,3 +106,19 @@ class Groups:
         tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
         self._link.broadcast([tensor], options).wait()
         return [int(value) for value in tensor.tolist()]
+
+
+def _forget_meshes() -> None:
+    """Empty DTensor's caches of how operations are sharded.
+
+    Their keys hold the mesh, and so the groups, of each model that was open: of gloo a dozen threads each, which wake
+    a hundred times a second for as long as the process lives.
+    """
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    if dtensor is None:
+        return
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()

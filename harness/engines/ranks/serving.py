@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -133,9 +134,12 @@ class Server:
 
     def close(self) -> None:
         """Free the part, and leave the groups."""
-        self._engine = None
+        opened, self._engine = self._engine is not None, None
         self._wide.close()
         self._stack.close()
+        if opened:
+            # A model is full of cycles; what it holds (groups with their threads, weights) would wait for the next one.
+            gc.collect()
 
     def widen(self) -> Mapping[str, Any]:
         """Compute in float32 with weights and buffers as they are, until `narrow`; shows the settings."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -78,6 +80,20 @@ def test_ranks_continue_freely_and_repeat_to_the_bit(goldens: Path) -> None:
     verdict = harness.check(golden, "pp:stages=2,dtype=float32,micro_batches=3")
     assert verdict.status == "identical", str(verdict)
     assert {one.view for one in verdict.passes} == {"replay", "prefill", "generate"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of another process are listed in /proc")
+def test_models_that_were_open_leave_no_threads(goldens: Path) -> None:
+    """A kept rank ends the threads of its groups with each model, however unlike the models are."""
+    counts = []
+    for host, dtype in (("llama-tiny", "float32"), ("bloom-tiny", "float32"), ("llama-tiny", "bfloat16")):
+        with build_engine(f"tp:size=2,dtype={dtype},model={goldens / host / 'model'}") as engine:
+            assert isinstance(engine, ParallelEngine)
+            pid = engine.team.pids[0]  # type: ignore[attr-defined]
+            open_now = len(os.listdir(f"/proc/{pid}/task"))
+        counts.append(len(os.listdir(f"/proc/{pid}/task")))
+        assert counts[-1] < open_now
+    assert max(counts[1:]) <= counts[0]
 
 
 def test_a_widened_copy_is_undone(goldens: Path) -> None:
