@@ -62,7 +62,7 @@ def _alibi_shifted(engine: HFEngine, _strength: float) -> Iterator[None]:
     def build(mask_BS: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
         # [B * H, 1, S]; slopes are positive, so that the newest token has the largest bias of a row.
         alibi = plain(mask_BS, heads, torch.float32)
-        slope = plain(torch.ones_like(mask_BS[:, :2]), heads, torch.float32)[..., 1:]
+        slope = plain(mask_BS.new_ones((len(mask_BS), 2)), heads, torch.float32)[..., 1:]
         back = torch.arange(1 - new[0], 1, device=alibi.device)[:, None]
         of_query = alibi.amax(dim=-1, keepdim=True) + slope * back
         real = mask_BS.repeat_interleave(heads, dim=0)[:, None, :]

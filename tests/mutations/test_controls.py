@@ -85,7 +85,7 @@ def test_a_host_without_the_part_is_refused(opened, name, host):
 
 
 def test_alibi_is_zero_at_the_query(opened):
-    """Of a padded row of three tokens, the bias of query q and key k is slope * (k - q); padding has none."""
+    """In a padded row of three tokens the bias of query q and key k is slope * (k - q), else 0."""
     engine = opened.engine("bloom-tiny", "float32")
     body, seen = engine.model.transformer, []
     keep = body.h[0].self_attention.register_forward_pre_hook(
@@ -97,6 +97,7 @@ def test_alibi_is_zero_at_the_query(opened):
                 input_ids=torch.tensor([[0, 5, 6, 7], [8, 5, 6, 7]]),
                 attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]),
             )
+            engine.model(input_ids=torch.tensor([[5]]))
     finally:
         keep.remove()
     # The first of BLOOM's slopes for 6 heads is 2^-2.
@@ -104,6 +105,7 @@ def test_alibi_is_zero_at_the_query(opened):
     assert torch.equal(seen[0].view(2, 6, 4, 4)[1, 0], 0.25 * distance)
     assert torch.equal(seen[0].view(2, 6, 4, 4)[0, 0][1:, 1:], 0.25 * distance[1:, 1:])
     assert not seen[0].view(2, 6, 4, 4)[0, :, :, 0].any()
+    assert torch.equal(seen[1], torch.zeros(6, 1, 1))  # a prompt of one token
 
 
 def test_the_key_bias_is_all_that_is_dropped(opened):
