@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from harness.engines import hf, runner
 from harness.engines.spec import parse_spec
+from harness.engines.streaming import engine as streaming
 from harness.numerics import metrics, quantise
 from harness.numerics.sketch import Sketcher
 from harness.values import Centre, Generation, Golden, Request, Rows, Run, Trace
@@ -38,6 +39,15 @@ def open_reference(model: str, dtype: str | None, *, weights: str | None = None)
     return hf.build(parse_spec("hf:" + ",".join(options)), model=model)
 
 
+def open_scorer(
+    model: str, dtype: str, *, weights: str | None = None, stream: str = ""
+) -> hf.HFEngine | streaming.StreamEngine:
+    """What is only asked to score whole sequences: as `open_reference`, or streamed by the SPEC ``stream``."""
+    if not stream:
+        return open_reference(model, dtype, weights=weights)
+    return streaming.build_reference(parse_spec(stream), model=model, dtype=dtype, weights=weights)
+
+
 def reference_precision(model: str) -> tuple[str, str]:
     """("float64", "") for a model that fits and passes the audit, else ("float32", the reason)."""
     with open_reference(model, None) as engine:
@@ -60,7 +70,10 @@ def score(model: str, requests: Sequence[Request], *, stop_ids: frozenset[int], 
 
 
 def teacher_forced(
-    engine: hf.HFEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]], chunk: int | None = None
+    engine: hf.HFEngine | streaming.StreamEngine,
+    requests: Sequence[Request],
+    continuations: Sequence[Sequence[int]],
+    chunk: int | None = None,
 ) -> Rows:
     """The engine's logits at every position of prompt and continuation."""
     sketcher = Sketcher(engine.vocabulary)
@@ -118,7 +131,7 @@ def directions(model: str, requests: Sequence[Request], scored: Scored, *, preci
 # --- at check time -----------------------------------------------------------------------------
 
 
-def strayed(model: str, golden: Golden, asked: Sequence[int]) -> str:
+def strayed(model: str, golden: Golden, asked: Sequence[int], *, stream: str = "") -> str:
     """Why the live reference cannot be believed, in words; empty where it still gives what the golden holds of it.
 
     It runs the code of the day, perhaps the very code that the candidate runs: a bug in there would be on both sides.
@@ -128,10 +141,11 @@ def strayed(model: str, golden: Golden, asked: Sequence[int]) -> str:
         model: the reference's directory.
         golden: what it once gave; without floors there is nothing to hold it against.
         asked: indices of the prompts to look at, in order.
+        stream: SPEC that it is streamed by, "" for in memory.
     """
     if not golden.floors:
         return ""
-    with open_reference(model, golden.precision) as engine:
+    with open_scorer(model, golden.precision, stream=stream) as engine:
         again = teacher_forced(engine, [golden.requests[i] for i in asked], [golden.continuations[i] for i in asked])
     shown = np.isin(golden.rows.request, asked)
     finest = np.min([floor.sigma[shown] for floor in golden.floors.values()], axis=0)
@@ -148,6 +162,7 @@ def rescore(
     *,
     precision: str,
     weights: str | None,
+    stream: str = "",
 ) -> Rows:
     """The reference on continuations other than its own, each in one teacher-forced pass.
 
@@ -157,9 +172,10 @@ def rescore(
         continuations: (request, tokens); the rows' ``request`` counts these.
         precision: what the golden was recorded in.
         weights: the precision that the weights are cast to first, None to leave them.
+        stream: SPEC that it is streamed by, "" for in memory.
     """
     asked = [requests[index] for index, _ in continuations]
-    with open_reference(model, precision, weights=weights) as engine:
+    with open_scorer(model, precision, weights=weights, stream=stream) as engine:
         return teacher_forced(engine, asked, [tokens for _, tokens in continuations])
 
 

@@ -1,17 +1,15 @@
 """Read, write and list goldens: readable JSON beside safetensors, never pickle; the only writer under golden/.
 
-A golden is two files. `golden.json` names the SHA-256 of its arrays and carries a digest of itself, so
-whatever is truncated, flipped or exchanged is seen before a number is used. Writing is one atomic step:
-the new arrays are staged under a name that holds their digest, replacing `golden.json` commits, and
-only then do the arrays take their plain name. A reader accepts either name, so at every moment the
-directory holds exactly the old golden or the new one.
+A golden is two files, or more where its arrays are in shards (arrays.py). `golden.json` names the SHA-256 of each and
+carries a digest of itself, so whatever is truncated, flipped or exchanged is seen before a number is used. Writing is
+one atomic step: the new arrays are staged under names that hold their digests, replacing `golden.json` commits, and
+only then do the arrays take their plain names. A reader accepts either name, so at every moment the directory holds
+exactly the old golden or the new one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import suites
+from harness import arrays, suites
 from harness.errors import GoldenError, HarnessError
-from harness.files import content_digest, locked, readable_json, replace_file, sync
+from harness.files import content_digest, locked, readable_json, replace_file
 from harness.numerics import metrics
 from harness.numerics.bounds import tie_factor
 from harness.numerics.constants import ALPHA_TOKENS, BUCKETS, PROJECTIONS
@@ -30,7 +28,7 @@ from harness.numerics.sketch import GENERATOR
 from harness.values import Centre, Finish, Floor, Generation, Golden, ModelRef, Moments, Request, Rows, Suite
 
 FORMAT = 2
-JSON_NAME, ARRAYS_NAME = "golden.json", "golden.safetensors"
+JSON_NAME = "golden.json"
 _LARGEST_JSON = 64 * 2**20
 _RERECORD = "Restore it from version control, or record it again with `harness record`"
 _FLOAT_ARRAYS = ("logsumexp", "logp", "entropy", "projections", "top_logits")
@@ -41,38 +39,28 @@ _FLOAT_ARRAYS = ("logsumexp", "logp", "entropy", "projections", "top_logits")
 
 def write_golden(golden: Golden, directory: Path) -> None:
     """Write ``golden`` to ``directory`` atomically; the previous golden, if any, is there until it is replaced."""
-    from safetensors.numpy import save
-
-    payload = save(_arrays(golden))
     document = _document(golden)
-    document["arrays"] = {"file": ARRAYS_NAME, "sha256": hashlib.sha256(payload).hexdigest(), "bytes": len(payload)}
-    document["digest"] = content_digest(document)
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
-        staged = directory / _staged_name(document["arrays"]["sha256"])
-        replace_file(staged, payload)
+        document["arrays"] = arrays.stage(directory, _arrays(golden))
+        document["digest"] = content_digest(document)
         replace_file(directory / JSON_NAME, readable_json(document).encode())
-        os.replace(staged, directory / ARRAYS_NAME)
-        sync(directory)
-        for leftover in [*directory.glob(f"{ARRAYS_NAME}.*"), *directory.glob(".*.tmp")]:
+        arrays.settle(directory, document["arrays"])
+        for leftover in directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-
-
-def _staged_name(digest: str) -> str:
-    return f"{ARRAYS_NAME}.{digest[:16]}"
 
 
 def _arrays(golden: Golden) -> dict[str, NDArray[Any]]:
     rows = golden.rows
-    arrays: dict[str, NDArray[Any]] = {f"reference.{name}": getattr(rows, name) for name in _FLOAT_ARRAYS}
-    arrays |= {"reference.argmax": rows.argmax, "reference.top_ids": rows.top_ids}
+    found: dict[str, NDArray[Any]] = {f"reference.{name}": getattr(rows, name) for name in _FLOAT_ARRAYS}
+    found |= {"reference.argmax": rows.argmax, "reference.top_ids": rows.top_ids}
     for precision, centre in golden.centres.items():
-        arrays |= {f"centre.{precision}.{name}": getattr(centre, name) for name in (*_FLOAT_ARRAYS, "top_ids")}
+        found |= {f"centre.{precision}.{name}": getattr(centre, name) for name in (*_FLOAT_ARRAYS, "top_ids")}
     for precision, floor in golden.floors.items():
-        arrays |= {f"floor.{precision}.{name}": getattr(floor, name) for name in ("sigma", "pair")}
-        arrays |= {f"floor.{precision}.{name}": getattr(floor.moments, name) for name in _MOMENTS}
-    arrays |= {f"direction.{name}": direction for name, direction in golden.directions.items()}
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        found |= {f"floor.{precision}.{name}": getattr(floor, name) for name in ("sigma", "pair")}
+        found |= {f"floor.{precision}.{name}": getattr(floor.moments, name) for name in _MOMENTS}
+    found |= {f"direction.{name}": direction for name, direction in golden.directions.items()}
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
 #: Axes of each array of Moments, K replicas first.
@@ -147,6 +135,15 @@ def decidable_steps(golden: Golden) -> dict[str, NDArray[np.bool_]]:
 # --- reading -----------------------------------------------------------------------------------
 
 
+def array_names(directory: Path) -> tuple[str, ...]:
+    """Names of the files of a golden's arrays.
+
+    Raises:
+        GoldenError: where its golden.json cannot be read.
+    """
+    return arrays.names(_read_document(directory / JSON_NAME).get("arrays"))
+
+
 def list_goldens(root: Path) -> list[Path]:
     """Directories under ``root`` that hold a golden, sorted."""
     return sorted(path.parent for path in root.rglob(JSON_NAME))
@@ -161,15 +158,15 @@ def read_golden(directory: str | Path) -> Golden:
     directory = Path(directory)
     document = _read_document(directory / JSON_NAME)
     try:
-        arrays = _read_arrays(directory, document)
+        found = _read_arrays(directory, document)
     except GoldenError:
         # A writer may have committed between the two reads: then, and only then, the JSON is another one by now.
         again = _read_document(directory / JSON_NAME)
         if again["digest"] == document["digest"]:
             raise
-        document, arrays = again, _read_arrays(directory, again)
+        document, found = again, _read_arrays(directory, again)
     try:
-        return replace(_golden(document, arrays), directory=str(directory))
+        return replace(_golden(document, found), directory=str(directory))
     except (HarnessError, KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise GoldenError(
             f"{directory / JSON_NAME} is not a golden of format {FORMAT} ({type(error).__name__}: {error})",
@@ -205,46 +202,10 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 
 def _read_arrays(directory: Path, document: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    declared = document.get("arrays")
-    digest = declared.get("sha256") if isinstance(declared, dict) else None
-    if not isinstance(declared, dict) or not isinstance(digest, str):
-        raise GoldenError(f"{directory / JSON_NAME} does not name its arrays", fix=_RERECORD)
-    payload = _matching_file(directory, digest, declared.get("bytes"))
     try:
-        return load(payload)
-    except (SafetensorError, ValueError, KeyError, MemoryError) as error:
-        problem = f"{directory / ARRAYS_NAME} cannot be read as safetensors ({type(error).__name__}: {error})"
-        raise GoldenError(problem, fix=_RERECORD) from None
-
-
-def _matching_file(directory: Path, digest: str, size: Any) -> bytes:
-    problem = f"{directory / ARRAYS_NAME} is missing"
-    for name in (ARRAYS_NAME, _staged_name(digest)):
-        path = directory / name
-        if path.is_file():
-            # A file of another size is not read at all: it may be larger than memory.
-            payload = path.read_bytes() if path.stat().st_size == size else None
-            if payload is not None and hashlib.sha256(payload).hexdigest() == digest:
-                return payload
-            problem = f"{path} {_looks_like(path)}"
-    raise GoldenError(problem, fix=_RERECORD)
-
-
-def _looks_like(path: Path) -> str:
-    """What a file with the wrong digest seems to be."""
-    size = path.stat().st_size
-    with path.open("rb") as opened:
-        head = opened.read(8)
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return "is a pickle or a zip archive, which is never opened"
-    if size < 8:
-        return "is truncated"
-    if int.from_bytes(head, "little") > size - 8:
-        return "is truncated, or its header is larger than the file"
-    return "is damaged: its SHA-256 is not the one in golden.json"
+        return arrays.read(directory, document.get("arrays"))
+    except ValueError as error:
+        raise GoldenError(str(error), fix=_RERECORD) from None
 
 
 def _golden(document: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Golden:

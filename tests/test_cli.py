@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from harness import engines, reference_model
+from harness.arrays import ARRAYS_NAME
 from harness.engines.hf import HFEngine
 from harness.models.recipes import RECIPES
-from harness.store import ARRAYS_NAME, JSON_NAME, read_golden
+from harness.store import JSON_NAME, read_golden
 from tests.commands import Ended, listing, refused, runner
 from tests.killing import ROOT, Forks
 from tests.support import read_json, write_model

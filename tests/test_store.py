@@ -23,9 +23,10 @@ import torch
 from safetensors.numpy import load, save
 
 from harness import store
+from harness.arrays import ARRAYS_NAME
 from harness.errors import GoldenError
 from harness.files import content_digest
-from harness.store import ARRAYS_NAME, JSON_NAME, list_goldens, read_golden, write_golden
+from harness.store import JSON_NAME, list_goldens, read_golden, write_golden
 from harness.values import Centre, Generation, Golden, Moments
 from tests.killing import Forks
 from tests.support import read_json

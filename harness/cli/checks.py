@@ -68,7 +68,9 @@ class _Reports:
 )
 @click.option("--root", type=click.Path(path_type=Path), default=Path("golden"), show_default=True, help="For --all.")
 @click.option(
-    "--reference", type=click.Path(path_type=Path), metavar="DIR", help="The golden's model, if not beside it."
+    "--reference",
+    metavar="DIR|SPEC",
+    help="The golden's model, if not beside it; stream:..., if larger than memory.",
 )
 @click.option("--no-upcast", is_flag=True, help="Judge 16-bit candidates as shipped only, without a float32 copy.")
 @click.option("--allow-code", is_flag=True, help="For --all: run ports and trust_remote_code that the data name.")
@@ -86,7 +88,7 @@ def check(
     matrix: bool,
     quick: bool | None,
     root: Path,
-    reference: Path | None,
+    reference: str | None,
     no_upcast: bool,
     allow_code: bool,
     blame_environment: bool,
@@ -105,6 +107,7 @@ def check(
     harness check golden/bloom-tiny/core --trace from-the-device.trace
     harness check golden/bloom-tiny/core -c hf:model=DIR --diagnose
     harness check golden/bloom-tiny/core -c tp:size=2,dtype=bfloat16 -c pp:stages=2
+    harness check golden/bloom-tiny/core --trace from-the-device.trace --reference stream:hidden_gb=1
     harness check golden/bloom-tiny/core --matrix
     harness check --all --quick
 

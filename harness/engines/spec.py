@@ -32,6 +32,11 @@ def is_port(text: str) -> bool:
     return text.partition(":")[0].strip() == "py"
 
 
+def is_streamed(text: str) -> bool:
+    """Whether a text is the SPEC of a streamed model rather than a directory."""
+    return text.partition(":")[0].strip() == "stream"
+
+
 def parse_spec(text: str) -> Spec:
     """Split a SPEC.
 

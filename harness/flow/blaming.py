@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from harness import scorer
 from harness.comparison.context import declared_precision
-from harness.engines import hf
 from harness.errors import HarnessError
-from harness.flow.references import reference_directory
+from harness.flow.references import reference_of
 from harness.flow.running import forced_trace, silent
 from harness.numerics.constants import EFFECT
 from harness.values import Blame, Golden, PassSummary, Status, Verdict, Who, worst_of
@@ -32,21 +32,20 @@ def blame(
     Args:
         golden: what was recorded.
         verdict: on the candidate.
-        reference: directory of the golden's model, where it does not lie beside the golden.
+        reference: the golden's model, as `check` takes it.
         quick: only the quick runs.
         progress: called with a few words before each pass.
     """
     from harness.flow.checking import check
 
-    model = reference_directory(golden, reference)
-    if model is None:
+    found = reference_of(golden, reference)
+    if found is None:
         return _unknown("the golden's model is not at hand to run again: name it with --reference")
     dtype = declared_precision(verdict.settings)
     if dtype not in golden.floors:
         return _unknown(f"the golden has no floor for {dtype}")
-    engine = hf.HFEngine(hf.Options(model=str(model), dtype=dtype), text=f"the recorded reference in {dtype}")
     try:
-        with engine:
+        with scorer.open_scorer(str(found.directory), dtype, stream=found.stream) as engine:
             trace = forced_trace(
                 engine, golden, quick=quick, progress=lambda text: progress(f"reference, to blame: {text}")
             )

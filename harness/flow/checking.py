@@ -14,18 +14,18 @@ from harness import scorer
 from harness.comparison import Spreads, compare, diverged
 from harness.comparison.context import declared_precision, refuse_wider
 from harness.comparison.ranks import ranks_of
-from harness.engines import build_engine, hf
+from harness.engines import Engine, build_engine, hf
 from harness.engines.ranks.outer import Followed
 from harness.environment import differences
-from harness.errors import EngineError, HarnessError, StaleError
+from harness.errors import EngineError, HarnessError, StaleError, UsageError
 from harness.flow.blaming import blame
 from harness.flow.candidates import engine_of, name_of
-from harness.flow.references import read, reference_directory
+from harness.flow.references import Reference, read, reference_of
 from harness.flow.running import asked_runs, forced_trace, refuse_other_model, silent, templates
 from harness.flow.sharding import sharding_of
 from harness.numerics import quantise
 from harness.templates.layers import Layered, Maker, layered
-from harness.values import Golden, Request, Rows, Scoring, Status, Templates, Trace, Verdict
+from harness.values import Golden, Request, Rows, Scoring, Sharding, Status, Templates, Trace, Verdict
 from harness.verdict import failed, judge
 
 Progress = Callable[[str], None]
@@ -48,7 +48,8 @@ def check(
     Args:
         golden: a golden, or the directory of one.
         candidate: a SPEC, an Engine, a transformers model, an nn.Module, a callable, or a Trace.
-        reference: directory of the golden's model, where it does not lie beside the golden.
+        reference: directory of the golden's model, where it does not lie beside the golden; or
+            ``stream:key=value,...`` for one that is larger than memory. What was recorded by streaming is streamed.
         quick: only the suite's quick runs.
         upcast: ask both questions, also the one about the function, for which a copy of the candidate is widened
             to float32. Without it a candidate in 16 bits is judged as shipped alone.
@@ -75,21 +76,26 @@ def check(
         # Read once: the whole checkpoint is hashed for it. A trace needs it for templates, and for sums of ranks.
         given = candidate if isinstance(candidate, Trace) else None
         needed = diagnose or given is None
-        directory = reference_directory(golden, reference) if needed else None
+        found = reference_of(golden, reference) if needed else None
+        directory = None if found is None else found.directory
+        if diagnose and found is not None and found.stream:
+            raise UsageError(
+                "templates are made with the model in memory, and this one is streamed", fix="Leave out --diagnose"
+            )
         # Before the engine is opened, whose settings are not for the reference.
         bank = templates(golden, directory, progress) if diagnose else None
         maker = None if bank is None or directory is None else _maker(golden, directory, bank, progress)
         if given is not None:
-            verdict = _judged(golden, given, quick, reference, spreads, bank, maker, progress)
-            beside = _model_for_sums(golden, given, reference) if directory is None else directory
-            verdict = replace(verdict, sharding=sharding_of(golden, given, beside, progress, None, verdict))
+            verdict = _judged(golden, given, quick, found or reference, spreads, bank, maker, progress)
+            beside = _model_for_sums(golden, given, reference) if found is None else found
+            verdict = replace(verdict, sharding=_sharding(golden, given, beside, progress, None, verdict))
         else:
             basis = None if bank is None else bank.basis
             with engine_of(candidate, directory, progress) as engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
-                verdict = _judged(golden, trace, quick, reference, spreads, bank, maker, progress)
-                verdict = replace(verdict, sharding=sharding_of(golden, trace, directory, progress, engine, verdict))
+                verdict = _judged(golden, trace, quick, found or reference, spreads, bank, maker, progress)
+                verdict = replace(verdict, sharding=_sharding(golden, trace, found, progress, engine, verdict))
     except StaleError as error:
         return refused(Status.STALE, error.problem, fix=error.fix, check="model")
     except EngineError as error:
@@ -106,12 +112,30 @@ def check(
     return replace(verdict, seconds=time.perf_counter() - started)
 
 
-def _model_for_sums(golden: Golden, trace: Trace, reference: str | Path | None) -> Path | None:
+def _sharding(
+    golden: Golden,
+    trace: Trace,
+    reference: Reference | None,
+    progress: Progress,
+    engine: Engine | None,
+    verdict: Verdict,
+) -> Sharding | None:
+    """What there is to say of its ranks: the sums of a reference that is streamed are not run."""
+    in_memory = reference is not None and not reference.stream
+    found = sharding_of(
+        golden, trace, reference.directory if reference is not None and in_memory else None, progress, engine, verdict
+    )
+    if found is None or reference is None or in_memory:
+        return found
+    return replace(found, reason="the reference is streamed, and only one in memory shows the sums of ranks")
+
+
+def _model_for_sums(golden: Golden, trace: Trace, reference: str | Path | None) -> Reference | None:
     """The golden's model where a trace of ranks may want it; another model there is no reason to refuse the trace."""
     if not ranks_of(trace.settings):
         return None
     try:
-        return reference_directory(golden, reference)
+        return reference_of(golden, reference)
     except StaleError:
         return None
 
@@ -130,7 +154,7 @@ def _judged(
     golden: Golden,
     trace: Trace,
     quick: bool,
-    reference: str | Path | None,
+    reference: str | Path | Reference | None,
     spreads: Spreads | None,
     bank: Templates | None,
     maker: Maker | None,
@@ -155,7 +179,7 @@ def _only(trace: Trace, names: set[str]) -> Trace:
     return replace(trace, passes=tuple(one for one in trace.passes if one.run in names), upcast=wide)
 
 
-def scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress: Progress) -> Scoring:
+def scoring(golden: Golden, trace: Trace, reference: str | Path | Reference | None, progress: Progress) -> Scoring:
     """What only a live reference can say: tokens behind a divergence, what quantised weights should give."""
     free = tuple(diverged(golden, trace))
     scheme, unknown = trace.settings.get("weights"), trace.settings.get("quantised")
@@ -163,16 +187,19 @@ def scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress
     if not free and scheme is None and unknown is None:
         return Scoring()
     try:
-        model = reference_directory(golden, reference)
+        found = reference_of(golden, reference)
     except StaleError as error:
         return Scoring(reason=error.problem)  # what was run still counts; the wrong model is not asked about it
-    if model is None:
+    if found is None:
         return Scoring(reason="the golden's model is not at hand to ask")
+    model, stream = found.directory, found.stream
     dtype = declared_precision(trace.settings)
     if dtype not in hf.DTYPES:
         return Scoring(reason=f"the candidate computes in {dtype}")
+    if stream and (scheme is not None or unknown is not None):
+        return Scoring(reason="the reference is streamed, and its weights are not quantised on the way")
     asked = {index for index, _ in free} if scheme is None and unknown is None else range(len(golden.requests))
-    if strayed := scorer.strayed(str(model), golden, sorted(asked)):
+    if strayed := scorer.strayed(str(model), golden, sorted(asked), stream=stream):
         return Scoring(reason=strayed)
 
     def quantised(
@@ -193,7 +220,9 @@ def scoring(golden: Golden, trace: Trace, reference: str | Path | None, progress
         rescored = (
             quantised(scheme, [golden.requests[index] for index, _ in free], [tokens for _, tokens in free])
             if scheme is not None
-            else scorer.rescore(str(model), golden.requests, free, precision=golden.precision, weights=weights)
+            else scorer.rescore(
+                str(model), golden.requests, free, precision=golden.precision, weights=weights, stream=stream
+            )
         )
     return Scoring(
         free=rescored,

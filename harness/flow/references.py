@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import checkpoint, store
 from harness.engines import hf
-from harness.errors import ModelError, StaleError
+from harness.engines.spec import is_streamed, parse_spec
+from harness.engines.streaming import engine as streaming
+from harness.errors import ModelError, StaleError, UsageError
 from harness.values import Golden
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A golden's own model: where it lies, and the SPEC that it is streamed by where it is asked, "" for in memory."""
+
+    directory: Path
+    stream: str
 
 
 def read(golden: Golden | str | Path) -> Golden:
@@ -39,6 +50,37 @@ def reference_directory(golden: Golden, reference: str | Path | None = None) -> 
             fix="Record the golden again, or restore the model; to test other weights write hf:model=DIR",
         )
     return found
+
+
+def reference_of(golden: Golden, reference: str | Path | Reference | None = None) -> Reference | None:
+    """The golden's model, and how it is asked; None where it cannot be found.
+
+    Args:
+        golden: what it was recorded from; where that was done by streaming, the model is streamed here too, as it may
+            not fit into memory.
+        reference: its directory, or ``stream:key=value,...`` to stream it, from ``model`` or from beside the golden.
+
+    Raises:
+        ModelError: when the given directory is not there.
+        StaleError: when the model there is not the one that the golden was recorded from.
+        UsageError: for a SPEC that gives the reference another precision than the golden's.
+    """
+    if isinstance(reference, Reference):
+        return reference
+    stream, place = "", reference
+    if reference is not None and is_streamed(str(reference)):
+        stream = str(reference)
+        options = streaming.build(parse_spec(stream), model=None).options
+        if options.dtype not in (None, golden.precision) or options.weights is not None:
+            raise UsageError(
+                f"{golden.name} was recorded in {golden.precision}, and so is its reference run",
+                fix="Leave dtype and weights out of --reference",
+            )
+        place = options.model
+    elif golden.provenance.get("engine") == "stream":
+        stream = "stream"
+    found = reference_directory(golden, place)
+    return None if found is None else Reference(directory=found, stream=stream)
 
 
 def beside(golden: Golden) -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import checkpoint, store, suites
+from harness import arrays, checkpoint, store, suites
 from harness.checkpoint import Identity
 from harness.errors import HarnessError
 from harness.lint.anomaly import RECORD_AGAIN, Anomaly
@@ -62,17 +62,17 @@ def look(tree: Tree) -> Iterator[Anomaly]:
 
 def _leftovers(tree: Tree) -> Iterator[Anomaly]:
     """Arrays without their golden.json, and what an interrupted writer left behind."""
-    found = {*tree.root.rglob(f"{store.ARRAYS_NAME}*"), *tree.root.rglob(".golden.*.tmp")}
+    found = {path for path in tree.root.rglob("golden*.safetensors*") if arrays.is_arrays(path.name)}
     alone: dict[Path, list[str]] = {}
-    for path in sorted(found):
+    for path in sorted({*found, *tree.root.rglob(".golden*.tmp")}):
         if not (path.parent / store.JSON_NAME).exists():
             alone.setdefault(path.parent, []).append(path.name)
-        elif path.name != store.ARRAYS_NAME:
+        elif path.name not in _arrays_of(path.parent, tree):
             yield Anomaly(
                 kind="orphan",
                 path=path,
                 message="left behind by a recording that was interrupted",
-                fix="Record the golden again, or remove the file if golden.safetensors lies beside it",
+                fix="Record the golden again, or remove the file if `harness diff` can read the golden",
                 severity="warning",
             )
     for directory, names in alone.items():
@@ -82,6 +82,13 @@ def _leftovers(tree: Tree) -> Iterator[Anomaly]:
             message=f"{', '.join(names)} without {store.JSON_NAME}",
             fix=f"Restore {store.JSON_NAME} from version control, or remove the directory",
         )
+
+
+def _arrays_of(directory: Path, tree: Tree) -> Sequence[str]:
+    """Names of the files of a golden's arrays; where it cannot be read that is said already, and it may be any."""
+    if directory in tree.goldens:
+        return store.array_names(directory)
+    return [path.name for path in directory.iterdir() if path.suffix == ".safetensors"]
 
 
 def _candidates(directory: Path) -> Iterator[Anomaly]:
@@ -193,7 +200,7 @@ def _identity(path: Path) -> Identity | Anomaly:
 def _unused_models(tree: Tree, used: set[Path]) -> Iterator[Anomaly]:
     for config in sorted(tree.root.rglob("config.json")):
         path = config.parent
-        weights = [one for one in path.glob("*.safetensors") if one.name != store.ARRAYS_NAME]
+        weights = [one for one in path.glob("*.safetensors") if not arrays.is_arrays(one.name)]
         # A golden that cannot be read may well be of this model.
         unknown = any(path.parent in (other, other.parent) for other in tree.unreadable)
         if weights and path.resolve() not in used and not unknown:

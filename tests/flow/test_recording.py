@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness import flow, store
+from harness import arrays, flow, store
 from harness.engines import hf
 from harness.environment import thread_count
 from harness.errors import GoldenError, ModelError
@@ -122,7 +122,7 @@ def test_without_the_model_it_says_where_it_looked(home, tmp_path):
 
 def test_a_damaged_golden_may_be_replaced(home):
     """Nothing can be compared with a golden that cannot be read; replacing it is what an update is for."""
-    Path(SMALL, store.ARRAYS_NAME).write_bytes(b"broken")
+    Path(SMALL, arrays.ARRAYS_NAME).write_bytes(b"broken")
     with pytest.raises(GoldenError):
         flow.rerecord(SMALL)  # its model and suite stand in what cannot be read
     flow.record(MODEL, PROMPTS, out=SMALL, update=True)

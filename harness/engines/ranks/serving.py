@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from harness.engines.ranks.rank import RankEngine
+    from harness.engines.streaming.spreading import Asked, Scored
 
 
 #: Starting a rank and loading a model, which send no pulses, may take this many times the limit of silence.
@@ -173,6 +174,12 @@ class Server:
         """What this rank computes inside its blocks on one batch, with every other rank."""
         return probes.of_rank(self.engine, requests, continuations)
 
+    def score(self, asked: Asked) -> Scored:
+        """A streamed pass with this rank's share of the prompts, without any other rank."""
+        from harness.engines.streaming import spreading
+
+        return spreading.answer(self.rank, asked, self._pulse)
+
 
 _REQUESTS: Mapping[str, Callable[..., Any]] = {
     "open": Server.open,
@@ -182,6 +189,7 @@ _REQUESTS: Mapping[str, Callable[..., Any]] = {
     "narrow_operation": Server.narrow_operation,
     "run": Server.run,
     "probe": Server.probe,
+    "score": Server.score,
 }
 
 

@@ -7,5 +7,6 @@ grouping.py   sequences that go through a block together
 skeleton.py   the model without its weights, its parts filled and emptied
 reading.py    pieces of the checkpoint, each read while the one before it is computed with
 passes.py     the pass: embedding, blocks, last norm, head in slices
+spreading.py  prompts shared by ranks, a pass for each
 hidden.py     hidden states between two blocks, in memory or in a file, and what a killed run goes on from
 """

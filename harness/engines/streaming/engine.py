@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from harness import suites
 from harness.engines import hf, modules, spec
 from harness.engines.base import Engine
-from harness.engines.streaming import files, preflight
+from harness.engines.ranks import outer
+from harness.engines.streaming import files, preflight, spreading
 from harness.engines.streaming.grouping import Group, groups
 from harness.environment import Quiet, thread_count, versions
 from harness.errors import EngineError, UsageError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _GB = 10**9
 #: Hidden states up to this stay in memory.
 _BUDGET_GB = 2.0
+#: Seconds without a word after which a rank has failed: a large block of many prompts takes minutes, and says so.
+_TIMEOUT = 600.0
 #: Letters of a digest that name the directory of one of a check's passes.
 _PART = 12
 
@@ -66,6 +69,8 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "read": spec.one_of("direct", "cached"),
     "hidden_gb": gigabytes,
     "work": str,
+    "ranks": spec.positive,
+    "timeout": spec.seconds,
 }
 
 
@@ -76,7 +81,8 @@ class Options:
     ``dtype`` None is the checkpoint's own. ``weights`` rounds the weights to a dtype first. ``read`` says whether
     files come past the page cache: None is that for checkpoints of more than half of the free memory. ``hidden_gb``
     is what hidden states may keep in memory; the rest is in a file. ``work`` names a directory to commit to after
-    each block, from which a run that was killed goes on.
+    each block, from which a run that was killed goes on. ``ranks`` processes, those of an outer launcher where there
+    is one, share the prompts; one that says nothing for ``timeout`` seconds has failed.
     """
 
     model: str | None = None
@@ -88,6 +94,8 @@ class Options:
     read: str | None = None
     hidden_gb: float = _BUDGET_GB
     work: str | None = None
+    ranks: int = 1
+    timeout: float = _TIMEOUT
 
 
 class StreamEngine(Engine):
@@ -109,10 +117,14 @@ class StreamEngine(Engine):
         }
         if "device" in self.declared:
             self.declared = {**self.declared, "device": str(options.device).partition(":")[0]}
+        if options.ranks > 1:
+            self.declared = {**self.declared, "prompt_ranks": options.ranks}
         self.capabilities = frozenset({"logits", "upcast"})
         self.limits = _LIMITS
         #: What the last pass took, piece by piece.
         self.took: list[Took] = []
+        #: Passes that share this machine's memory.
+        self.beside = 1
         self._widens = widens
         self._stack = ExitStack()
         self._entered = 0
@@ -120,7 +132,8 @@ class StreamEngine(Engine):
         self._skeleton: Skeleton | None = None
         self._tokenizer: Any = None
         self._known: tuple[str, Rows] | None = None
-        self._ran: dict[str, str] = {}
+        self._ran: dict[str, Any] = {}
+        self._ranks: spreading.Ranks | None = None
 
     # --- opening -----------------------------------------------------------------------------------
 
@@ -152,6 +165,16 @@ class StreamEngine(Engine):
         )
         self._known = None
         self._ran = {}
+        if self.options.ranks > 1:
+            self._ranks = spreading.Ranks(
+                self.options.ranks,
+                spec=self.spec,
+                threads=self.options.threads,
+                device=self.options.device,
+                timeout=self.options.timeout,
+            )
+            self._stack.callback(self._ranks.close)
+            self._ranks.join()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -161,6 +184,11 @@ class StreamEngine(Engine):
             self._skeleton = None
             self._known = None
             self._stack.close()
+            self._ranks = None
+
+    @property
+    def lost(self) -> bool:
+        return self._ranks is not None and self._ranks.lost
 
     # --- what it is --------------------------------------------------------------------------------
 
@@ -214,6 +242,7 @@ class StreamEngine(Engine):
             "missing_tensors": [],
             "signature": files.signature(self._places),
             "native_dtype": self._native,
+            "prompt_ranks": self._ran.get("prompt_ranks", self.options.ranks),
             "versions": versions(),
         }
 
@@ -301,6 +330,8 @@ class StreamEngine(Engine):
         Raises:
             HarnessError: before the first block is read, for what would fail later.
         """
+        if self._ranks is not None:
+            return self._spread(sequences, starts, vocabulary, variants, basis, fingerprints, part)
         from harness.engines.streaming import passes
 
         together = groups([sequence[:-1] for sequence in sequences], heads=self._heads)
@@ -331,6 +362,7 @@ class StreamEngine(Engine):
             ),
             late=self._dtype != self._native and preflight.is_large(self.skeleton, self._dtype),
             keep=keep and work is not None,
+            beside=self.beside,
             work=self._work_digest(
                 sequences, starts, [str(variant) for variant in variants], vocabulary, fingerprints, _of_basis(basis)
             ),
@@ -351,6 +383,41 @@ class StreamEngine(Engine):
         if one.dtypes:  # a result that was kept runs nothing
             self._ran = {"dtype": modules.common(one.dtypes), "device": modules.common(one.devices)}
         return [_rows(parts, vocabulary or self.vocabulary) for parts in sketches]
+
+    def _spread(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        vocabulary: int | None,
+        variants: Sequence[Variant | None],
+        basis: NDArray[np.float64] | None,
+        fingerprints: bool,
+        part: str,
+    ) -> list[Rows]:
+        """As `score`, by the ranks. What they commit is used up when all are done: a result is not kept."""
+        assert self._ranks is not None
+        asked = spreading.Asked(
+            options=self.options,
+            text=self.spec,
+            widens=self._widens,
+            shares=spreading.shares(sequences, self.options.ranks),
+            local=0,
+            sequences=sequences,
+            starts=starts,
+            vocabulary=vocabulary,
+            variants=variants,
+            basis=basis,
+            fingerprints=fingerprints,
+            part=part,
+        )
+        found = self._ranks.ask(asked, self.progress)
+        rows = spreading.merged(asked, found, vocabulary or self.vocabulary)
+        self.took = found[0].took
+        self._ran = {
+            **{key: modules.common(one.ran[key] for one in found) for key in ("dtype", "device")},
+            "prompt_ranks": len(found),
+        }
+        return rows
 
     def upcast(self) -> StreamEngine:
         """The weights as this engine loads them, and what its config gives in that dtype, widened to float32."""
@@ -423,5 +490,18 @@ def _rows(parts: Sequence[SlicedSketch], vocabulary: int) -> Rows:
 
 def build(parsed: spec.Spec, *, model: str | None) -> StreamEngine:
     """The engine of a SPEC; ``model`` is used where the spec names none."""
-    options = Options(**{"model": model, **spec.read_options(parsed, READERS)})
-    return StreamEngine(options, text=parsed.text)
+    return StreamEngine(_options(parsed, model), text=parsed.text)
+
+
+def _options(parsed: spec.Spec, model: str | None) -> Options:
+    """What a SPEC sets; without a number of ranks those that an outer launcher started."""
+    given = {"model": model, **spec.read_options(parsed, READERS)}
+    if "ranks" not in given and (launched := outer.launched()) is not None:
+        given["ranks"] = launched.world
+    return Options(**given)
+
+
+def build_reference(parsed: spec.Spec, *, model: str, dtype: str, weights: str | None = None) -> StreamEngine:
+    """The engine of a SPEC for a model and in a precision that are given, whatever the SPEC says of them."""
+    options = _options(parsed, None)
+    return StreamEngine(replace(options, model=model, dtype=dtype, weights=weights), text=parsed.text)

@@ -38,6 +38,8 @@ _SLICE_BYTES = 2**28
 #: Bytes of the rows of a layer that are widened at a time: a product of fewer rows is slower (measured, a third at
 #: 2**26), and more of them bring nothing.
 PART_BYTES = 2**29
+#: Seconds after which a piece that still computes says so.
+_SILENCE = 10.0
 #: Rows of one product with a slice: its logits stay small beside the slice.
 _ROWS = 2048
 
@@ -56,6 +58,7 @@ class Settings:
         converts: whether each tensor of a block is stored in another dtype than ``load``.
         late: hold a block as it is stored, and cast each Linear only while it computes.
         keep: leave the sums there when all is done.
+        beside: passes that share this machine's memory, this one among them.
         work: digest of what is done.
     """
 
@@ -69,6 +72,7 @@ class Settings:
     converts: bool
     late: bool
     keep: bool
+    beside: int
     work: str
 
     @property
@@ -125,6 +129,7 @@ class Pass:
     _tuples: bool = False
     _output: Any = None
     _rows: torch.Tensor | None = None
+    _said: float = 0.0
 
     def run(self) -> None:
         """Go on from the last commit of this very work, or start."""
@@ -295,6 +300,7 @@ class Pass:
                     result = self._through(index, module, item, group, variant, states)
                     self._read_back(result, *(p for n, p in module.named_parameters(prefix=name) if n not in late))
                     states.write(item, result)
+                self._beat(name, item, started)
         piece.release()
         states.commit({"stage": "blocks", "done": index + 1, "tuples": self._tuples})
         self._note(name, piece, started, waited)
@@ -397,6 +403,7 @@ class Pass:
                     logits_nv = self.skeleton.model(input_ids=dummy, use_cache=False).logits[0]
                     self._read_back(weight, *bias)
                     self._sketch(item).add(first, column, logits_nv.cpu())
+                self._beat(self.skeleton.head, item, started)
         finally:
             del head.forward
         piece.release()
@@ -419,6 +426,12 @@ class Pass:
         """What is there, not what was asked for; a weight that is cast while it computes shows in what it gives."""
         self.dtypes |= {dtype_name(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
         self.devices |= {tensor.device.type for tensor in tensors}
+
+    def _beat(self, name: str, item: int, started: float) -> None:
+        """Say so while a piece takes long: whoever watches a rank takes silence for a failure."""
+        if time.perf_counter() - max(started, self._said) > _SILENCE:
+            self._said = time.perf_counter()
+            self.progress(f"{name}: {item + 1} of {len(self.variants) * len(self.groups)} groups")
 
     def _note(self, name: str, piece: Piece, started: float, waited: float) -> None:
         ended = time.perf_counter()

@@ -78,9 +78,10 @@ def check(skeleton: Skeleton, settings: Settings, groups: Sequence[Group], varia
     memory = weights + min(hidden, settings.budget) + _activations(skeleton, groups, size)
     disk = 2 * hidden if settings.directory is not None or hidden > settings.budget else 0
     free = reading.available_memory()
-    if free and memory > free:
+    if free and memory * settings.beside > free:
+        several = "a pass needs" if settings.beside == 1 else f"each of {settings.beside} passes on this machine needs"
         raise EngineError(
-            f"a pass needs {memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
+            f"{several} {memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
             fix="Free some, give fewer prompts, a smaller hidden_gb, or the dtype of the checkpoint",
         )
     if disk:
