@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,18 +146,37 @@ def rerecord(
     suite = Path(os.path.normpath(Path(golden) / path)) if isinstance(path, str) else None
     left_out = old.provenance.get("left_out") or {}
     plain = [name for name in (*old.floors, *left_out) if name in EFFECT]
-    return record(
-        model,
-        suite if suite is not None and suite.is_file() else old.suite,
-        out=golden,
-        precisions=plain,
-        replicas=next((floor.replicas for floor in old.floors.values()), REPLICAS),
-        parallel=sorted({int(name.partition("/tp")[2]) for name in old.floors if "/tp" in name}),
-        update=True,
-        reason=reason,
-        show=show,
-        progress=progress,
-    )
+    with _as_recorded(old) as (stream, draft):
+        return record(
+            model,
+            suite if suite is not None and suite.is_file() else old.suite,
+            out=golden,
+            precisions=plain,
+            replicas=next((floor.replicas for floor in old.floors.values()), REPLICAS),
+            parallel=sorted({int(name.partition("/tp")[2]) for name in old.floors if "/tp" in name}),
+            update=True,
+            reason=reason,
+            stream=stream,
+            draft=draft,
+            show=show,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _as_recorded(golden: Golden) -> Iterator[tuple[str | None, str]]:
+    """How to record it again: streamed where it was, its own tokens the draft, which take one pass if they hold."""
+    if golden.provenance.get("engine") != "stream":
+        yield None, LOOK_UP
+        return
+    lines = [
+        json.dumps({"id": one.id, "prompt_ids": list(one.prompt_ids), "tokens": list(given.tokens)})
+        for one, given in zip(golden.requests, golden.generations, strict=True)
+    ]
+    with tempfile.TemporaryDirectory(prefix="harness-record-") as place:
+        draft = Path(place) / "recorded.jsonl"
+        draft.write_text("\n".join(lines), encoding="utf-8")
+        yield f"stream:dtype={golden.precision}", str(draft)
 
 
 def _model_of(golden: Golden, reference: str | Path | None) -> str | Path:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import harness
+from harness import scorer
 from harness.engines.hf import HFEngine, Options
 from harness.values import Difference
 
@@ -46,6 +47,14 @@ def test_a_changed_candidate_is_blamed(home, dtype):
     assert verdict.blame.who == "change"
     assert "your change did this" in str(verdict)
     assert "your change did this" in verdict.to_dict()["blame"]["message"]
+
+
+def test_a_reference_that_is_streamed_runs_so(home, monkeypatch):
+    """One that is larger than memory is asked too, and no other one is loaded."""
+    monkeypatch.setattr(scorer, "open_reference", lambda *_a, **_k: pytest.fail("a model was loaded"))
+    verdict = blamed("hf:dtype=bfloat16", upcast=False, reference=f"stream:model={MODEL}")
+    assert verdict.blame.who == "nobody", verdict.blame.message
+    assert verdict.blame.ratio < verdict.blame.limit
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

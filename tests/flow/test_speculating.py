@@ -54,6 +54,16 @@ def test_a_candidate_is_checked_against_it(place):
     assert verdict.status.exit_code != 1, str(verdict)
 
 
+def test_an_update_streams_again_in_one_pass(place):
+    """What was streamed is not loaded to be recorded again, and its own tokens are the draft."""
+    before = streamed(place, "updated", precisions=[])
+    assert before.provenance["settings"]["passes"] > 1
+    again = flow.rerecord(place / "updated", reference=place / "model")
+    assert (again.provenance["engine"], again.provenance["settings"]["passes"]) == ("stream", 1)
+    assert again.precision == "float64"
+    assert again.generations == before.generations
+
+
 @pytest.mark.parametrize("draft", ["engine", "answers", "trace"])
 def test_every_kind_of_draft_gives_the_same_tokens(place, draft):
     """The same weights in bf16, a file of ids, or a trace that is right: few passes, and the same golden."""
