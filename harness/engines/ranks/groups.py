@@ -114,11 +114,18 @@ def _forget_meshes() -> None:
     Their keys hold the mesh, and so the groups, of each model that was open: of gloo a dozen threads each, which wake
     a hundred times a second for as long as the process lives.
     """
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    if dtensor is None:
+    if "torch.distributed.tensor" not in sys.modules:
         return
-    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor import DTensor, _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
-    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
+    # Caches of functools, which other versions may not have.
+    for cached in (
+        getattr(_redistribute, "_gen_transform_infos", None),
+        MeshTopoInfo.build_from_mesh,
+        getattr(DTensor._op_dispatcher.sharding_propagator, "_propagate_tensor_meta_cached", None),
+    ):
+        getattr(cached, "cache_clear", lambda: None)()
