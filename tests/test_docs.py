@@ -97,6 +97,8 @@ ELSEWHERE = {
     ),
     "torchrun --standalone --nproc-per-node 2 -m harness check golden/bloom-tiny/core --quick "
     "-c tp:size=2,dtype=float32": "by tests/engines/ranks/test_outer.py",
+    "torchrun --standalone --nproc-per-node 2 -m harness verify --model golden/bloom-tiny/model --answers said.jsonl "
+    "--dtype bfloat16 --replicas 2": "by tests/engines/streaming/test_spreading.py",
 }
 #: The document whose programs start as a reader's do; those of the others fork from a process that has the libraries.
 REAL = ROOT / "docs/how-to/read-a-verdict.md"

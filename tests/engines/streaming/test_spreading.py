@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from tests.support import write_model
 
 SEQUENCES = [tuple((7 * i + 3 * j) % 290 + 3 for j in range(n)) for i, n in enumerate((20, 4, 9, 33, 2))]
 STARTS = [10, 2, 4, 30, 1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +103,30 @@ def test_ranks_of_a_machine_share_what_was_read(monkeypatch):
     assert (found.read, found.device, found.work, found.ranks) == ("cached", "cuda:1", "w/rank-3", 1)
     assert spreading._of_rank(options, 3, 1).read is None
     assert spreading._of_rank(replace(options, read="direct"), 3, 2).read == "direct"
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_verdict_of_one_process(model, tmp_path):
+    """Two ranks of torchrun score what one process does, and one of them reports."""
+    answers = tmp_path / "said.jsonl"
+    lines = [{"id": str(n), "prompt_ids": list(one), "tokens": [5, 6, 7]} for n, one in enumerate(SEQUENCES)]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "WORLD" not in name}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["verify", "--model", str(model), "--answers", str(answers), "--replicas", "2"]
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    shown = []
+    for number, start in enumerate(
+        ([sys.executable, "-m", "harness"], [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "harness"])
+    ):
+        report = tmp_path / f"{number}.json"
+        done = subprocess.run(
+            [*start, *command, "--json", str(report)],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert done.stdout.count("said.jsonl") >= 1
+        shown.append(json.loads(report.read_text()))
+    assert shown[0]["status"] == shown[1]["status"] == "deviates"
+    seen = [[(one["check"], one["status"], one["where"]) for one in report["findings"]] for report in shown]
+    assert seen[0] == seen[1]
