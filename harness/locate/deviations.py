@@ -130,30 +130,51 @@ def scale_of(replicas: Sequence[Deviation], eps: float) -> Scale:
     )
 
 
-def statistics_of(one: Deviation, scale: Scale, unit: int | None) -> Float64:
-    """STATISTICS of a place, [5], in one of its units, or over all; of magnitudes the logarithm.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stacked:
+    """Deviations of K implementations at one place: the fields of `Deviation`, each with an axis K in front."""
+
+    unit_N: NDArray[np.int64]
+    squares_KN: Float64
+    sizes_KN: Float64
+    channels_KUW: Float64
+    widths_KUW: Float64
+    sums_KUW: Float64
+    products_KU: Float64
+
+
+def stacked(those: Sequence[Deviation]) -> Stacked:
+    """Deviations of one place, which ran in the same units."""
+    return Stacked(
+        unit_N=those[0].unit_N,
+        squares_KN=np.stack([one.squares_N for one in those]),
+        sizes_KN=np.stack([one.sizes_N for one in those]),
+        channels_KUW=np.stack([one.channels_UW for one in those]),
+        widths_KUW=np.stack([one.widths_UW for one in those]),
+        sums_KUW=np.stack([one.sums_UW for one in those]),
+        products_KU=np.stack([one.products_U for one in those]),
+    )
+
+
+def statistics_of(those: Stacked, scale: Scale, unit: int | None) -> Float64:
+    """STATISTICS of a place, [K, 5], in one of its units, or over all; of magnitudes the logarithm.
 
     Rows and channels without any round-off whose value is not 0 count as infinite.
     """
-    rows = np.ones(len(one.unit_N), dtype=bool) if unit is None else one.unit_N == unit
+    rows = np.ones(len(those.unit_N), dtype=bool) if unit is None else those.unit_N == unit
     cut = slice(None) if unit is None else slice(unit, unit + 1)
     count = int(rows.sum())
-    ratio_N = _ratio(one.squares_N[rows] + scale.rounding * one.sizes_N[rows], scale.squares_N[rows])
-    channel_W = _ratio(
-        (one.channels_UW + scale.rounding * one.widths_UW)[cut].sum(axis=0), scale.channels_UW[cut].sum(axis=0)
+    ratio_KN = _ratio(those.squares_KN[:, rows] + scale.rounding * those.sizes_KN[:, rows], scale.squares_N[rows])
+    widths_KUW = those.widths_KUW[:, cut]
+    channel_KW = _ratio(
+        (those.channels_KUW[:, cut] + scale.rounding * widths_KUW).sum(axis=1), scale.channels_UW[cut].sum(axis=0)
     )
-    size = float(one.widths_UW[cut].sum())
-    shift = float((one.sums_UW[cut].sum(axis=0) ** 2).sum()) / count**2 + scale.rounding * size / count**2
+    size_K = widths_KUW.sum(axis=(1, 2))
+    shift_K = (those.sums_KUW[:, cut].sum(axis=1) ** 2).sum(axis=1) / count**2 + scale.rounding * size_K / count**2
+    gain_K = np.divide(those.products_KU[:, cut].sum(axis=1), size_K, out=np.zeros_like(size_K), where=size_K != 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.array(
-            [
-                np.log(ratio_N.mean()) / 2,
-                np.log(ratio_N.max()) / 2,
-                np.log(channel_W.max()) / 2,
-                np.log(shift) / 2 if shift > 0 else -np.inf,
-                float(one.products_U[cut].sum()) / size if size else 0.0,
-            ]
-        )
+        logs_SK = np.log([ratio_KN.mean(axis=1), ratio_KN.max(axis=1), channel_KW.max(axis=1), shift_K]) / 2
+        return np.stack([*logs_SK, gain_K], axis=1)
 
 
 def row_ratios(one: Deviation, scale: Scale) -> Float64:

@@ -473,20 +473,16 @@ class _Forcer(_Hooks):
         ours_NW, who = rows_of(tensor, self.now, place.side)
         if right_NW is None:
             right_NW = rows_of(right, self.now, place.side)[0].double().cpu()
-        row, position = (_NOBODY, _NOBODY) if who is None else who
-        count = len(right_NW)
+        row, position = (np.full(len(right_NW), -1),) * 2 if who is None else who
         self._found.rows.setdefault(place, []).append(
             Rows(
                 error=ours_NW.double().cpu() - right_NW,
                 right=right_NW,
                 number=self.number,
-                batch_row=np.broadcast_to(row, count),
-                positions=np.broadcast_to(position, count),
+                batch_row=row,
+                positions=position,
             )
         )
-
-
-_NOBODY = np.array([-1])
 
 
 # --- tensors of modules ------------------------------------------------------------------------

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from harness import replicas as variants
 from harness.engines import hf
-from harness.locate.deviations import STATISTICS, Deviation, Scale, Unit, deviations, scale_of, statistics_of
+from harness.locate.deviations import (
+    STATISTICS,
+    Deviation,
+    Scale,
+    Stacked,
+    Unit,
+    deviations,
+    scale_of,
+    stacked,
+    statistics_of,
+)
 from harness.locate.maps import same_names
 from harness.locate.presentations import Driven, Presentation
 from harness.locate.replaying import Place, Recording, Replay, record, replay
@@ -145,28 +155,29 @@ def limits_of(shown: Sequence[Mapping[Place, Deviation]], precision: str) -> dic
     found = {}
     for place in places:
         replicas = [one[place] for one in shown]
-        scale = scale_of(replicas, eps)
+        scale, together = scale_of(replicas, eps), stacked(replicas)
+        # Copies are not counted: a variant that computes this place as another one does adds nothing.
+        effective = float(len({one.squares_N.tobytes() for one in replicas}))
         bounds: dict[Unit | None, tuple[Bound, ...]] = {
-            None: _bounds(replicas, scale, None, precision, eps, ALPHA_POOLED, pooled)
+            None: _bounds(together, scale, None, effective, precision, eps, ALPHA_POOLED, pooled)
         }
         for number, unit in enumerate(replicas[0].units):
-            bounds[unit] = _bounds(replicas, scale, number, precision, eps, ALPHA_GROUPS, groups)
+            bounds[unit] = _bounds(together, scale, number, effective, precision, eps, ALPHA_GROUPS, groups)
         found[place] = Limits(scale=scale, bounds=bounds)
     return found
 
 
 def _bounds(
-    replicas: Sequence[Deviation],
+    replicas: Stacked,
     scale: Scale,
     unit: int | None,
+    effective: float,
     precision: str,
     eps: float,
     alpha: float,
     places: int,
 ) -> tuple[Bound, ...]:
-    values_KS = np.stack([statistics_of(one, scale, unit) for one in replicas])
-    # Copies are not counted: a variant that computes this place as another one does adds nothing.
-    effective = float(len({one.squares_N.tobytes() for one in replicas}))
+    values_KS = statistics_of(replicas, scale, unit)
     tests = places * len(STATISTICS)
     found: list[Bound] = []
     for name, values_K in zip(STATISTICS, values_KS.T, strict=True):
@@ -203,9 +214,10 @@ def alarms(found: Replay, by: Yardstick) -> list[Alarm]:
         one, limits = shown[place], by.limits[place]
         if len(one.squares_N) != len(limits.scale.squares_N):
             continue  # it did not run in every pass, which is told elsewhere
+        alone = stacked([one])
         for unit, bounds in limits.bounds.items():
             number = None if unit is None else one.units.index(unit)
-            values = statistics_of(one, limits.scale, number)
+            values = statistics_of(alone, limits.scale, number)[0]
             for name, value, bound in zip(STATISTICS, values, bounds, strict=True):
                 # Written so that NaN is an alarm.
                 if not bound.failing[0] <= value <= bound.failing[1]:

@@ -275,9 +275,10 @@ def student_quantile(probability: float, degrees: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _student(probability: float, degrees: float) -> float:
-    from scipy import stats
+    from scipy import special
 
-    return float(stats.t.ppf(probability, degrees))
+    # What scipy.stats.t.ppf is for finite degrees of freedom, without its half a millisecond.
+    return float(special.stdtrit(degrees, probability))
 
 
 @lru_cache(maxsize=1024)
