@@ -6,9 +6,11 @@ finds them and no other rank. A link is a group beside it: the same shard of eve
 
 from __future__ import annotations
 
+import importlib
 import sys
 from contextlib import ExitStack
 from datetime import timedelta
+from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _TAG = 0
+_DTENSOR = "torch.distributed.tensor"
 
 
 class Groups:
@@ -108,24 +111,28 @@ class Groups:
         return [int(value) for value in tensor.tolist()]
 
 
+#: What empties a cache of DTensor whose keys hold a mesh, in the torch versions that have it.
+_FORGETS = (
+    "debug:_clear_sharding_prop_cache",
+    "_redistribute:clear_redistribute_planner_cache",
+    "_redistribute:_gen_transform_infos.cache_clear",
+    "_collective_utils:MeshTopoInfo.build_from_mesh.cache_clear",
+    "_api:DTensor._op_dispatcher.sharding_propagator._propagate_tensor_meta_cached.cache_clear",
+)
+
+
 def _forget_meshes() -> None:
     """Empty DTensor's caches of how operations are sharded.
 
     Their keys hold the mesh, and so the groups, of each model that was open: of gloo a dozen threads each, which wake
     a hundred times a second for as long as the process lives.
     """
-    if "torch.distributed.tensor" not in sys.modules:
+    if _DTENSOR not in sys.modules:
         return
-    from torch.distributed.tensor import DTensor, _redistribute
-    from torch.distributed.tensor._collective_utils import MeshTopoInfo
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    # Caches of functools, which other versions may not have.
-    for cached in (
-        getattr(_redistribute, "_gen_transform_infos", None),
-        MeshTopoInfo.build_from_mesh,
-        getattr(DTensor._op_dispatcher.sharding_propagator, "_propagate_tensor_meta_cached", None),
-    ):
-        getattr(cached, "cache_clear", lambda: None)()
+    for place in _FORGETS:
+        module, _, name = place.partition(":")
+        try:
+            forget = attrgetter(name)(importlib.import_module(f"{_DTENSOR}.{module}"))
+        except (ImportError, AttributeError):
+            continue
+        forget()
