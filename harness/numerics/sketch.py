@@ -102,7 +102,9 @@ class Sketcher:
         generated_N = torch.from_numpy(generated).to(logits_NV.device)
         top = known_NV[generated_N].topk(min(TOP, self.vocabulary), dim=-1)
         inside_N = next_ids_N.clamp(max=self.vocabulary - 1)
-        logsumexp_N = known_NV.logsumexp(dim=-1)
+        anchor_N = finite_anchor(known_NV.max(dim=-1).values)
+        weight_N, moment_N = softmax_sums(known_NV, anchor_N)
+        logsumexp_N = anchor_N + weight_N.log()
         return Rows(
             request=request,
             position=position,
@@ -111,7 +113,7 @@ class Sketcher:
             nonfinite=_array((~torch.isfinite(known_NV)).sum(dim=-1), np.int32),
             logsumexp=_array(logsumexp_N, np.float32),
             logp=_array(known_NV.gather(1, inside_N[:, None])[:, 0] - logsumexp_N, np.float32),
-            entropy=_array(_entropy(known_NV), np.float32),
+            entropy=_array(weight_N.log() - moment_N / weight_N, np.float32),
             projections=_array(known_NV @ matrix_VJ, np.float32),
             top_ids=_array(top.indices, np.int32),
             top_logits=_array(top.values, np.float32),
@@ -173,19 +175,26 @@ def checksum_words(columns: int) -> NDArray[np.int64]:
     return words.view(np.int64)
 
 
-def _entropy(logits_NV: torch.Tensor) -> torch.Tensor:
-    """Entropy of the softmax, [N]: log W - sum(w d) / W of distances d from the largest logit, w = exp(d), W = sum(w).
+def softmax_sums(logits_NV: torch.Tensor, anchor_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over V of a softmax's weights w = exp(d) and of w d, of distances d from a finite anchor, [N] each.
 
-    Of the distances: logsumexp less the mean logit cancels where logits are large, and leaves their round-off.
+    With the largest logit as the anchor, logsumexp is anchor + log(sum w), and the entropy is log(sum w) less
+    sum(w d) / sum(w): logsumexp less the mean logit would cancel where logits are large, and leave their round-off.
     """
     import torch
 
-    # A masked column (-inf) adds nothing: its weight is 0, and 0 x inf is not.
-    distance_NV = logits_NV - logits_NV.max(dim=-1, keepdim=True).values
+    distance_NV = logits_NV - anchor_N[:, None].to(logits_NV.dtype)
     weight_NV = distance_NV.exp()
+    # A masked column (-inf) adds nothing: its weight is 0, and 0 x inf is not.
     term_NV = torch.where(weight_NV == 0, torch.zeros_like(distance_NV), weight_NV * distance_NV)
-    weight_N = weight_NV.sum(dim=-1)
-    return weight_N.log() - term_NV.sum(dim=-1) / weight_N
+    return weight_NV.sum(dim=-1), term_NV.sum(dim=-1)
+
+
+def finite_anchor(largest_N: torch.Tensor) -> torch.Tensor:
+    """The largest logit of each row, 0 where that is infinite and nothing can be scaled by it."""
+    import torch
+
+    return torch.where(largest_N.isinf(), torch.zeros_like(largest_N), largest_N)
 
 
 def _array(tensor: torch.Tensor, dtype: type[np.generic]) -> NDArray[Any]:

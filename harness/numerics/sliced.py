@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.numerics.constants import PROJECTIONS, TOP
-from harness.numerics.sketch import checksum_words, raw_bits, signs
+from harness.numerics.sketch import checksum_words, finite_anchor, raw_bits, signs, softmax_sums
 from harness.values import Rows
 
 if TYPE_CHECKING:
@@ -122,17 +122,14 @@ class SlicedSketch:
         state = self._state
         before_n, largest_n = state["largest"][rows], known_nv.max(dim=-1).values.double()
         largest_n = torch.maximum(before_n, largest_n)
-        # Where all columns so far are masked (-inf) nothing is there to be scaled.
-        anchor_n = torch.where(largest_n == -torch.inf, torch.zeros_like(largest_n), largest_n)
+        anchor_n = finite_anchor(largest_n)
         scale_n = torch.where(before_n == -torch.inf, torch.zeros_like(before_n), (before_n - anchor_n).exp())
-        distance_nv = known_nv - anchor_n[:, None].to(known_nv.dtype)
-        weight_nv = distance_nv.exp()
-        term_nv = torch.where(weight_nv == 0, torch.zeros_like(distance_nv), weight_nv * distance_nv)
-        # The moment is about the largest so far (see the entropy of sketch.py): what was carried moves along.
+        # What was carried is about the largest before, and moves along.
         moved_n = torch.where(scale_n == 0, torch.zeros_like(scale_n), before_n - anchor_n)
         moment_n = (state["moment"][rows] + state["weight"][rows] * moved_n) * scale_n
-        state["weight"][rows] = state["weight"][rows] * scale_n + weight_nv.sum(dim=-1).double()
-        state["moment"][rows] = moment_n + term_nv.sum(dim=-1).double()
+        more_n, term_n = softmax_sums(known_nv, anchor_n)
+        state["weight"][rows] = state["weight"][rows] * scale_n + more_n.double()
+        state["moment"][rows] = moment_n + term_n.double()
         state["largest"][rows] = largest_n
 
     def _top(self, steps_g: torch.Tensor, column: int, known_gv: torch.Tensor) -> None:
