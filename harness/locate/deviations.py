@@ -115,21 +115,6 @@ class Scale:
     channels_UW: Float64
 
 
-def scale_of(replicas: Sequence[Deviation], eps: float) -> Scale:
-    """The scale of a place from what its replicas show; ``eps`` is the precision's."""
-    rounding = eps**2 / 12
-    first = replicas[0]
-    squares_N = np.mean([one.squares_N for one in replicas], axis=0)
-    channels_UW = np.mean([one.channels_UW for one in replicas], axis=0)
-    squares_N = np.maximum(squares_N, rounding * first.sizes_N)
-    floor = SIGMA_FLOOR**2 * np.median(squares_N)
-    return Scale(
-        rounding=rounding,
-        squares_N=np.maximum(squares_N, floor),
-        channels_UW=np.maximum(channels_UW, rounding * first.widths_UW),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stacked:
     """Deviations of K implementations at one place: the fields of `Deviation`, each with an axis K in front."""
@@ -153,6 +138,18 @@ def stacked(those: Sequence[Deviation]) -> Stacked:
         widths_KUW=np.stack([one.widths_UW for one in those]),
         sums_KUW=np.stack([one.sums_UW for one in those]),
         products_KU=np.stack([one.products_U for one in those]),
+    )
+
+
+def scale_of(replicas: Stacked, eps: float) -> Scale:
+    """The scale of a place from what its replicas show; ``eps`` is the precision's."""
+    rounding = eps**2 / 12
+    squares_N = np.maximum(replicas.squares_KN.mean(axis=0), rounding * replicas.sizes_KN[0])
+    floor = SIGMA_FLOOR**2 * np.median(squares_N)
+    return Scale(
+        rounding=rounding,
+        squares_N=np.maximum(squares_N, floor),
+        channels_UW=np.maximum(replicas.channels_KUW.mean(axis=0), rounding * replicas.widths_KUW[0]),
     )
 
 

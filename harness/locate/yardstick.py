@@ -154,15 +154,15 @@ def limits_of(shown: Sequence[Mapping[Place, Deviation]], precision: str) -> dic
     pooled, groups = len(places), sum(len(shown[0][place].units) for place in places)
     found = {}
     for place in places:
-        replicas = [one[place] for one in shown]
-        scale, together = scale_of(replicas, eps), stacked(replicas)
+        replicas = stacked([one[place] for one in shown])
+        scale = scale_of(replicas, eps)
         # Copies are not counted: a variant that computes this place as another one does adds nothing.
-        effective = float(len({one.squares_N.tobytes() for one in replicas}))
+        effective = float(len({squares_N.tobytes() for squares_N in replicas.squares_KN}))
         bounds: dict[Unit | None, tuple[Bound, ...]] = {
-            None: _bounds(together, scale, None, effective, precision, eps, ALPHA_POOLED, pooled)
+            None: _bounds(replicas, scale, None, effective, precision, eps, ALPHA_POOLED, pooled)
         }
-        for number, unit in enumerate(replicas[0].units):
-            bounds[unit] = _bounds(together, scale, number, effective, precision, eps, ALPHA_GROUPS, groups)
+        for number, unit in enumerate(shown[0][place].units):
+            bounds[unit] = _bounds(replicas, scale, number, effective, precision, eps, ALPHA_GROUPS, groups)
         found[place] = Limits(scale=scale, bounds=bounds)
     return found
 
