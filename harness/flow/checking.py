@@ -14,7 +14,7 @@ from harness import scorer
 from harness.comparison import Spreads, compare, diverged
 from harness.comparison.context import declared_precision, refuse_wider
 from harness.comparison.ranks import ranks_of
-from harness.engines import Engine, build_engine, hf
+from harness.engines import build_engine, hf
 from harness.engines.ranks.outer import Followed
 from harness.environment import differences
 from harness.errors import EngineError, HarnessError, StaleError, UsageError
@@ -25,7 +25,7 @@ from harness.flow.running import asked_runs, forced_trace, refuse_other_model, s
 from harness.flow.sharding import sharding_of
 from harness.numerics import quantise
 from harness.templates.layers import Layered, Maker, layered
-from harness.values import Golden, Request, Rows, Scoring, Sharding, Status, Templates, Trace, Verdict
+from harness.values import Golden, Request, Rows, Scoring, Status, Templates, Trace, Verdict
 from harness.verdict import failed, judge
 
 Progress = Callable[[str], None]
@@ -88,14 +88,14 @@ def check(
         if given is not None:
             verdict = _judged(golden, given, quick, found or reference, spreads, bank, maker, progress)
             beside = _model_for_sums(golden, given, reference) if found is None else found
-            verdict = replace(verdict, sharding=_sharding(golden, given, beside, progress, None, verdict))
+            verdict = replace(verdict, sharding=sharding_of(golden, given, beside, progress, None, verdict))
         else:
             basis = None if bank is None else bank.basis
             with engine_of(candidate, directory, progress) as engine:
                 refuse_other_model(golden, engine)
                 trace = forced_trace(engine, golden, quick=quick, upcast=upcast, basis=basis, progress=progress)
                 verdict = _judged(golden, trace, quick, found or reference, spreads, bank, maker, progress)
-                verdict = replace(verdict, sharding=_sharding(golden, trace, found, progress, engine, verdict))
+                verdict = replace(verdict, sharding=sharding_of(golden, trace, found, progress, engine, verdict))
     except StaleError as error:
         return refused(Status.STALE, error.problem, fix=error.fix, check="model")
     except EngineError as error:
@@ -110,24 +110,6 @@ def check(
     if blame_environment:
         verdict = replace(verdict, blame=blame(golden, verdict, reference=reference, quick=quick, progress=progress))
     return replace(verdict, seconds=time.perf_counter() - started)
-
-
-def _sharding(
-    golden: Golden,
-    trace: Trace,
-    reference: Reference | None,
-    progress: Progress,
-    engine: Engine | None,
-    verdict: Verdict,
-) -> Sharding | None:
-    """What there is to say of its ranks: the sums of a reference that is streamed are not run."""
-    in_memory = reference is not None and not reference.stream
-    found = sharding_of(
-        golden, trace, reference.directory if reference is not None and in_memory else None, progress, engine, verdict
-    )
-    if found is None or reference is None or in_memory:
-        return found
-    return replace(found, reason="the reference is streamed, and only one in memory shows the sums of ranks")
 
 
 def _model_for_sums(golden: Golden, trace: Trace, reference: str | Path | None) -> Reference | None:

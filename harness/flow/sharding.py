@@ -17,6 +17,7 @@ from harness.engines.ranks import probes
 from harness.engines.ranks.engine import ParallelEngine
 from harness.engines.ranks.layout import Layout, refusal
 from harness.errors import first_line
+from harness.flow.references import Reference
 from harness.flow.running import asked_runs
 from harness.values import Golden, Question, Sharding, Status, Trace, Verdict
 
@@ -24,7 +25,7 @@ from harness.values import Golden, Question, Sharding, Status, Trace, Verdict
 def sharding_of(
     golden: Golden,
     trace: Trace,
-    model: Path | None,
+    reference: Reference | None,
     progress: Callable[[str], None],
     engine: Engine | None = None,
     verdict: Verdict | None = None,
@@ -34,7 +35,7 @@ def sharding_of(
     Args:
         golden: what is believed.
         trace: what the candidate did.
-        model: the golden's model; without it nothing is measured.
+        reference: the golden's model; without it, or where it is streamed, nothing is measured.
         progress: called with a few words.
         engine: the candidate, still open; None for a trace.
         verdict: on the trace: where it fails, the engine's ranks are looked into.
@@ -44,8 +45,11 @@ def sharding_of(
         return None
     found = Sharding(ranks=size)
     status = None if verdict is None else verdict.status
-    if model is None or status not in (Status.IDENTICAL, Status.DRIFT, Status.DEVIATES):
+    if reference is not None and reference.stream:
+        return replace(found, reason="the reference is streamed, and only one in memory shows the sums of ranks")
+    if reference is None or status not in (Status.IDENTICAL, Status.DRIFT, Status.DEVIATES):
         return found
+    model = reference.directory
     try:
         found = _sums(golden, trace, model, found, progress)
         if isinstance(engine, ParallelEngine) and verdict is not None and status is Status.DEVIATES:
