@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +46,7 @@ def record(
     update: bool = False,
     reason: str | None = None,
     stream: str | None = None,
-    draft: str = LOOK_UP,
+    draft: str | Golden = LOOK_UP,
     show: Show = _nobody,
     progress: Progress = silent,
 ) -> Golden:
@@ -66,7 +63,8 @@ def record(
         update: replace a golden that is there, if the change is round-off or a reason is given.
         reason: why, kept in the golden's history.
         stream: for a model that is larger than memory, the SPEC that it is streamed by, ``stream`` with its keys.
-        draft: what then proposes continuations: ``lookup``, the SPEC of an engine, or a file of what one has said.
+        draft: what then proposes continuations: ``lookup``, the SPEC of an engine, a file of what one has said, or a
+            golden.
         show: called with what an update changes, before anything is written or refused.
         progress: called with a few words before each step.
 
@@ -146,37 +144,21 @@ def rerecord(
     suite = Path(os.path.normpath(Path(golden) / path)) if isinstance(path, str) else None
     left_out = old.provenance.get("left_out") or {}
     plain = [name for name in (*old.floors, *left_out) if name in EFFECT]
-    with _as_recorded(old) as (stream, draft):
-        return record(
-            model,
-            suite if suite is not None and suite.is_file() else old.suite,
-            out=golden,
-            precisions=plain,
-            replicas=next((floor.replicas for floor in old.floors.values()), REPLICAS),
-            parallel=sorted({int(name.partition("/tp")[2]) for name in old.floors if "/tp" in name}),
-            update=True,
-            reason=reason,
-            stream=stream,
-            draft=draft,
-            show=show,
-            progress=progress,
-        )
-
-
-@contextmanager
-def _as_recorded(golden: Golden) -> Iterator[tuple[str | None, str]]:
-    """How to record it again: streamed where it was, its own tokens the draft, which take one pass if they hold."""
-    if golden.provenance.get("engine") != "stream":
-        yield None, LOOK_UP
-        return
-    lines = [
-        json.dumps({"id": one.id, "prompt_ids": list(one.prompt_ids), "tokens": list(given.tokens)})
-        for one, given in zip(golden.requests, golden.generations, strict=True)
-    ]
-    with tempfile.TemporaryDirectory(prefix="harness-record-") as place:
-        draft = Path(place) / "recorded.jsonl"
-        draft.write_text("\n".join(lines), encoding="utf-8")
-        yield f"stream:dtype={golden.precision}", str(draft)
+    streamed = old.provenance.get("engine") == "stream"
+    return record(
+        model,
+        suite if suite is not None and suite.is_file() else old.suite,
+        out=golden,
+        precisions=plain,
+        replicas=next((floor.replicas for floor in old.floors.values()), REPLICAS),
+        parallel=sorted({int(name.partition("/tp")[2]) for name in old.floors if "/tp" in name}),
+        update=True,
+        reason=reason,
+        stream=f"stream:dtype={old.precision}" if streamed else None,
+        draft=old if streamed else LOOK_UP,  # its own tokens, which take one pass if they hold
+        show=show,
+        progress=progress,
+    )
 
 
 def _model_of(golden: Golden, reference: str | Path | None) -> str | Path:
@@ -260,7 +242,7 @@ def _own(model: Path, work: _Work) -> _Seen:
     )
 
 
-def _streamed(model: Path, work: _Work, stream: str, draft: str) -> _Seen:
+def _streamed(model: Path, work: _Work, stream: str, draft: str | Golden) -> _Seen:
     """A transformers model that is streamed: its tokens by speculation, floors where they can be had so.
 
     Raises:
@@ -295,7 +277,7 @@ def _streamed(model: Path, work: _Work, stream: str, draft: str) -> _Seen:
             "model": engine.settings["model"],
             "attn": engine.settings["attn"],
             "passes": found.rounds,
-            "draft": Path(draft).name,
+            "draft": draft.name if isinstance(draft, Golden) else Path(draft).name,
             "mistakes": mistakes,
         }
     return _Seen(

@@ -18,7 +18,7 @@ from harness.flow.candidates import engine_of
 from harness.reference import Observed
 from harness.replicas import streamed_floor
 from harness.traces import SUFFIX, load_trace, save_trace
-from harness.values import Floor, Generation, Pass, Request, Rows, Trace
+from harness.values import Floor, Generation, Golden, Pass, Request, Rows, Trace
 
 Notify = Callable[[str], None]
 
@@ -39,7 +39,7 @@ def observe_streamed(
     engine: streaming.StreamEngine,
     requests: Sequence[Request],
     *,
-    draft: str,
+    draft: str | Golden,
     stop_ids: frozenset[int],
     precisions: Sequence[str],
     replicas: int,
@@ -50,7 +50,8 @@ def observe_streamed(
     Args:
         engine: open; its precision is the reference's.
         requests: the prompts.
-        draft: ``lookup``, the SPEC of an engine, or a file: a trace of free continuations, or answers in JSON lines.
+        draft: ``lookup``, the SPEC of an engine, a file (a trace of free continuations, or answers in JSON lines), or
+            a golden.
         stop_ids: ids that end a text.
         precisions: those that get a floor, where their cast of the checkpoint is exact and the reference fine enough.
         replicas: variants drawn for each.
@@ -135,17 +136,21 @@ def _floors(
 
 @contextmanager
 def _draft(
-    text: str, engine: streaming.StreamEngine, stop_ids: frozenset[int], progress: Notify
+    given: str | Golden, engine: streaming.StreamEngine, stop_ids: frozenset[int], progress: Notify
 ) -> Iterator[speculative.Draft]:
-    path = Path(text)
-    if text == LOOK_UP:
+    if isinstance(given, Golden):
+        said = zip(given.requests, given.generations, strict=True)
+        yield speculative.said_before({one.prompt_ids: generation.tokens for one, generation in said})
+        return
+    path = Path(given)
+    if given == LOOK_UP:
         yield speculative.looked_up
     elif path.suffix in (".jsonl", SUFFIX):
         yield speculative.said_before(_said(path, engine))
-    elif parse_spec(text).engine == "stream":
+    elif parse_spec(given).engine == "stream":
         raise UsageError("a streamed draft would read all weights for every token", fix="Name another engine or a file")
     else:
-        with engine_of(text, engine.directory, progress) as opened:
+        with engine_of(given, engine.directory, progress) as opened:
             yield _continued_by(opened, stop_ids)
 
 
