@@ -35,7 +35,8 @@ def is_arrays(name: str) -> bool:
 
 def names(declared: Any) -> tuple[str, ...]:
     """Plain names of the files that golden.json declares; none where it declares nothing sensible."""
-    return tuple(_name(index, len(entries)) for entries in [_entries(declared)] for index in range(len(entries)))
+    count = len(_entries(declared))
+    return tuple(_name(index, count) for index in range(count))
 
 
 def _name(index: int, count: int) -> str:
