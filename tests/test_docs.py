@@ -77,6 +77,7 @@ ELSEWHERE = {
     "python benchmarks/scale.py record": "by nobody: minutes, and tests/flow/test_speculating.py has the drafts",
     "harness power --names --nulls 3000 --jobs 2": "by tests/power/test_naming.py, on one host",
     "harness power --nulls 3000 --jobs 2": "by tests/power/test_nulls.py, on a small model",
+    "python benchmarks/repros.py --seconds 60": "by nobody: minutes, and tests/flow/test_reproducing.py has cases",
     "make check": "by .ci/run",
     "make test": "by .ci/run, and this is a part of it",
     "make lint": "by .ci/run",
