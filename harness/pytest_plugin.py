@@ -91,7 +91,8 @@ class GoldenFixture:
             name: the golden, under `golden_root` or the rootdir, or the path of its directory.
             candidate: a SPEC, an Engine, a transformers model, an nn.Module, a callable, or a Trace.
             quick: only the suite's quick runs.
-            reference: directory of the golden's model, where it does not lie beside the golden.
+            reference: directory of the golden's model, where it does not lie beside the golden; or ``stream:...``,
+                whose own paths are as the directory sees them that the run started in.
             upcast: also judge a copy of a 16-bit candidate, widened to float32.
             diagnose: also look for the bugs of the catalogue, as `harness check --diagnose` does.
             model: directory of a model, to record the golden from with `--golden-update-new-only`.
@@ -323,9 +324,11 @@ class _Goldens:
         # "golden/m/core" is another way to write "m/core", and no reason for a golden/golden/m/core.
         return beside if beside.is_relative_to(self._root) else inside
 
-    def under_root(self, path: str | Path | None) -> Path | None:
-        """A path as the rootdir sees it: a run may start in any directory."""
-        return None if path is None else self._rootpath / path
+    def under_root(self, path: str | Path | None) -> str | Path | None:
+        """A path as the rootdir sees it, as a run may start in any directory; the SPEC of a streamed model as it is."""
+        from harness.engines.spec import is_streamed
+
+        return path if path is None or is_streamed(str(path)) else self._rootpath / path
 
     def label(self, place: Path) -> str:
         """A directory as people write it."""

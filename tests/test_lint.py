@@ -618,3 +618,16 @@ def test_the_model_is_asked_again(clean: Golden) -> None:
     assert one.where == f"prompt {name!r}, position {clean.rows.position[at]}"
     assert "asked again" in one.message
     assert read_json(GOLDEN / "golden.json")["name"] == "small/small"
+
+
+def test_a_streamed_golden_is_asked_by_streaming(clean: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may not fit into memory is not loaded to be asked again, and a row that its model does not say is found."""
+    streamed = replace(clean, provenance={**clean.provenance, "engine": "stream"})
+    put(streamed, GOLDEN)
+    monkeypatch.setattr(scorer, "open_reference", lambda *_args, **_how: pytest.fail("it is loaded"))
+    assert found(live=True) == []
+    at = int(np.flatnonzero(clean.rows.generated)[0])
+    projections = _at(clean.rows.projections, at, clean.rows.projections[at] * np.float32(1.1))
+    put(with_rows(streamed, projections=projections), GOLDEN)
+    (one,) = lint(Path("golden"), live=True)
+    assert "asked again" in one.message

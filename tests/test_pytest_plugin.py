@@ -256,7 +256,7 @@ def test_the_environment_is_named_once(project, pretended):
 
 
 def test_what_the_call_says_arrives(project, monkeypatch):
-    """quick, reference, upcast and diagnose are those of harness.check, with the reference as the rootdir sees it."""
+    """What is named is what harness.check gets: a reference as the rootdir sees it, the SPEC of one as it is."""
     seen = []
 
     def check(golden, candidate, **how):
@@ -269,12 +269,14 @@ def test_it(golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     golden.check("small/small", "hf")
     golden.check("small/small", "hf", quick=True, reference="golden/small/model", upcast=False, diagnose=True)
+    golden.check("small/small", "hf", reference="stream:hidden_gb=1")
 """
     run(written(project, test_it=text)).assert_outcomes(passed=1)
     where = project.path / "golden/small/model"
     assert seen == [
         ("small/small", "hf", {"quick": False, "reference": None, "upcast": True, "diagnose": False}),
         ("small/small", "hf", {"quick": True, "reference": where, "upcast": False, "diagnose": True}),
+        ("small/small", "hf", {"quick": False, "reference": "stream:hidden_gb=1", "upcast": True, "diagnose": False}),
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from harness import checkpoint, store, suites
 from harness.changes import compare_goldens
 from harness.engines import build_engine, hf
-from harness.engines.spec import is_port, parse_spec
+from harness.engines.spec import is_port, is_streamed, parse_spec
 from harness.engines.streaming import engine as streaming
 from harness.environment import machine, versions
 from harness.errors import GoldenError, ModelError, UsageError
@@ -129,7 +129,8 @@ def rerecord(
 
     Args:
         golden: directory of the golden.
-        reference: directory of its model, where that does not lie beside it.
+        reference: directory of its model, where that does not lie beside it; or ``stream:...``, to stream it so.
+            What was recorded by streaming is streamed anyway.
         reason: why; needed for a change beyond round-off.
         show: called with the changes, before anything is written or refused.
         progress: called with a few words before each step.
@@ -144,7 +145,7 @@ def rerecord(
     suite = Path(os.path.normpath(Path(golden) / path)) if isinstance(path, str) else None
     left_out = old.provenance.get("left_out") or {}
     plain = [name for name in (*old.floors, *left_out) if name in EFFECT]
-    streamed = old.provenance.get("engine") == "stream"
+    stream = _stream_of(old, reference)
     return record(
         model,
         suite if suite is not None and suite.is_file() else old.suite,
@@ -154,8 +155,8 @@ def rerecord(
         parallel=sorted({int(name.partition("/tp")[2]) for name in old.floors if "/tp" in name}),
         update=True,
         reason=reason,
-        stream=f"stream:dtype={old.precision}" if streamed else None,
-        draft=old if streamed else LOOK_UP,  # its own tokens, which take one pass if they hold
+        stream=stream,
+        draft=LOOK_UP if stream is None else old,  # its own tokens, which take one pass if they hold
         show=show,
         progress=progress,
     )
@@ -170,10 +171,22 @@ def _model_of(golden: Golden, reference: str | Path | None) -> str | Path:
             f"{golden.name} was recorded from the port {engine}",
             fix="Name it with --model (and --suite) to run it again",
         )
+    if reference is not None and is_streamed(str(reference)):
+        reference = streaming.build(parse_spec(str(reference)), model=None).options.model
     model = Path(reference) if reference is not None else beside(golden)
     if model is None or not model.is_dir():
         raise ModelError(f"the model of {golden.name} is not beside it", fix="Name its directory with --model")
     return model
+
+
+def _stream_of(golden: Golden, reference: str | Path | None) -> str | None:
+    """The SPEC by which a golden's model is streamed to record it again, in its own precision; None for in memory."""
+    given = reference is not None and is_streamed(str(reference))
+    if not given and golden.provenance.get("engine") != "stream":
+        return None
+    spec = str(reference) if given else "stream"
+    named = parse_spec(spec).options
+    return spec if "dtype" in named else f"{spec}{',' if named else ':'}dtype={golden.precision}"
 
 
 # --- what is recorded --------------------------------------------------------------------------

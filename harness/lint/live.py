@@ -17,13 +17,17 @@ from harness.values import Golden, Kind
 def look(directory: Path, golden: Golden) -> Iterator[Anomaly]:
     """Positions at which the model no longer says what was recorded; nothing where it is not at hand, or another."""
     path = beside(directory, golden.model.path)
-    if golden.provenance.get("engine") != "hf" or path is None or not path.is_dir():
+    engine = golden.provenance.get("engine")
+    if engine not in ("hf", "stream") or path is None or not path.is_dir():
         return
+    stream = "stream" if engine == "stream" else ""  # it may not fit into memory
     forced = list(enumerate(golden.continuations))
     try:
         if checkpoint.identify(path).digest != golden.model.digest:
             return  # that is said already, and its logits say nothing about this golden
-        rows = scorer.rescore(str(path), golden.requests, forced, precision=golden.precision, weights=None)
+        rows = scorer.rescore(
+            str(path), golden.requests, forced, precision=golden.precision, weights=None, stream=stream
+        )
     except HarnessError as error:
         yield Anomaly(kind="unreadable", path=path, message=error.problem, fix=error.fix)
         return

@@ -64,6 +64,15 @@ def test_an_update_streams_again_in_one_pass(place):
     assert again.generations == before.generations
 
 
+def test_an_update_streams_where_it_is_asked(place):
+    """A golden of a model in memory is recorded again by streaming, in its own precision, if the SPEC says so."""
+    before = flow.record(place / "model", place / "small.toml", out=place / "asked", precisions=[])
+    again = flow.rerecord(place / "asked", reference=f"stream:model={place}/model,hidden_gb=0", reason="streamed")
+    assert (before.provenance["engine"], again.provenance["engine"]) == ("hf", "stream")
+    assert again.generations == before.generations
+    assert again.precision == before.precision == "float64"
+
+
 @pytest.mark.parametrize("draft", ["engine", "answers", "trace"])
 def test_every_kind_of_draft_gives_the_same_tokens(place, draft):
     """The same weights in bf16, a file of ids, or a trace that is right: few passes, and the same golden."""
