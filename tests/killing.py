@@ -27,6 +27,9 @@ for line in sys.stdin:
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = 70
+        if "torch" in sys.modules:
+            # Threads of a fork that compute at once race for the pool that replaces its parent's (docs/findings.md).
+            sys.modules["torch"].set_num_threads(sys.modules["torch"].get_num_threads())
         try:
             work(line.rstrip("\\n"))
             code = 0
