@@ -89,7 +89,7 @@ ELSEWHERE = {
     "harness check golden/bloom-tiny/core --matrix": "by tests/flow/test_matrix.py",
     "harness gate golden/llama-tiny/core --base hf:dtype=float32,attn=eager --candidate hf:dtype=float32,attn=sdpa "
     "--max-slowdown 1.5 --quick": "by tests/flow/test_gating.py",
-    "python benchmarks/gate_trials.py --runs 20": "by nobody: it takes an hour",
+    "python benchmarks/gate_trials.py --runs 20": "by nobody: it takes an hour and a half",
     "harness gate ../golden/bloom-tiny/core --base-rev HEAD --candidate py:my_port:build --max-slowdown 1.5 --quick": (
         "by tests/flow/test_gating.py"
     ),
