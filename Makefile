@@ -15,11 +15,12 @@ PIP_TORCH  := $(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $
 OLD_PYTHON := Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11
 
 .DELETE_ON_ERROR:
-.PHONY: help check test lint goldens clean
+.PHONY: help check test test-deepspeed lint goldens clean
 
 help:
 	@echo "make check   check every shipped golden, in fp32 and bf16"
 	@echo "make test    run the test suite            PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "make test-deepspeed  what needs DeepSpeed, with its extra; not a part of make test"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make goldens record every shipped golden again (REASON=...)"
 	@echo "make clean   remove .venv, caches and build outputs"
@@ -30,6 +31,11 @@ check: $(VENV)/.installed-base
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Apart from `test`, and not in .ci/run. In this order: the first compiles the all-reduce (g++ or clang++) that both use.
+test-deepspeed: $(VENV)/.installed-deepspeed
+	$(BIN)/python -m pytest tests/engines/test_deepspeed.py \
+	  'tests/test_docs.py::test_what_a_document_says_can_be_done[docs/findings.md]'
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -68,4 +74,9 @@ $(VENV)/.installed-base: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.installed-test: $(VENV)/.installed-base
 	@echo "Installing the test extra"
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-deepspeed: $(VENV)/.installed-test
+	@echo "Installing the deepspeed extra"
+	@$(PIP) --editable '.[test,deepspeed]'
 	@touch $@

@@ -62,7 +62,7 @@ class _Reports:
 @click.option("--candidate", "-c", "candidates", multiple=True, metavar="SPEC", help="What to check; may be repeated.")
 @click.option("--trace", "traces", multiple=True, metavar="FILE", help="What `harness run` made; may be repeated.")
 @click.option("--all", "everything", is_flag=True, help="Every golden, with the candidates named beside it.")
-@click.option("--matrix", is_flag=True, help="Every precision in 1 process, tensor parallel, stages, and both.")
+@click.option("--matrix", is_flag=True, help="Every precision in 1 process, sharded, in stages, by DeepSpeed.")
 @click.option(
     "--quick/--whole", default=None, help="Only the quick runs and candidates; with --matrix that is the default."
 )
@@ -114,8 +114,9 @@ def check(
     A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
     compile, batch, chunk, show, threads, device and trust_remote_code; for `tp` and `pp` size, stages, micro_batches,
     model, dtype, attn, batch, chunk, threads, device, prepare and timeout; for `stream` (one block in memory at a time)
-    model, dtype, weights, attn, threads, device, read, hidden_gb and work. Ranks are started here, or joined where
-    torchrun, deepspeed, srun or mpirun started this command.
+    model, dtype, weights, attn, threads, device, read, hidden_gb and work; for `deepspeed` tp, or zero=3 with ranks and
+    offload, then kernels, all_reduce, build, prepare, timeout and those of a model. Ranks are started here, or joined
+    where torchrun, deepspeed, srun or mpirun started this command.
     """  # noqa: D301  # click takes a backspace itself, which a raw text does not hold
     if everything == (golden is not None):
         raise UsageError("give either one golden or --all", fix="E.g. harness check golden/bloom-tiny/core -c hf")

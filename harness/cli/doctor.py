@@ -6,6 +6,10 @@ import json
 
 import click
 
+_NO_COMPILER = (
+    "none: hf:compile=true cannot run, and deepspeed:tp=N with all_reduce=gloo alone (install g++ or clang++)"
+)
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -18,7 +22,7 @@ def doctor(as_json: bool) -> int:
         "versions": environment.versions(),
         "machine": environment.machine(),
         "devices": environment.devices(),
-        "compiler": environment.compiler() or "none: hf:compile=true cannot run (install g++ or clang++)",
+        "compiler": environment.compiler() or _NO_COMPILER,
         "engines": {name: entry.why_not() or f"can run: {entry.summary}" for name, entry in ENGINES.items()},
     }
     if as_json:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from harness.engines.ranks.layout import Layout
+from harness.engines.ranks.plans import Cut
 from harness.engines.ranks.probes import FACTOR, LEAST, Shown, Side, Whole
 from harness.numerics import metrics
 
@@ -16,6 +17,7 @@ def first_wrong(
     reference: Mapping[Place, Whole],
     variants: Sequence[Mapping[Place, Whole]],
     layout: Layout,
+    cut: Callable[[str, int], Cut] | None = None,
 ) -> str:
     """The first wrong place in words; empty where there is none.
 
@@ -24,6 +26,7 @@ def first_wrong(
         reference: the whole model's.
         variants: of benign variants of it, which say what round-off is.
         layout: of the ranks.
+        cut: how the units of a module are cut along a dimension; None is as transformers cuts.
     """
     for stage in range(layout.stages):
         ranks = layout.ranks_of(stage)
@@ -31,7 +34,7 @@ def first_wrong(
             wrong = [
                 rank
                 for shard, rank in enumerate(ranks)
-                if _is_wrong(shown[rank][index], reference, variants, shard, layout.tensor)
+                if _is_wrong(shown[rank][index], reference, variants, shard, layout.tensor, cut)
             ]
             if wrong:
                 return _in_words(one, wrong, list(ranks), stage, layout, index == 0)
@@ -44,10 +47,11 @@ def _is_wrong(
     variants: Sequence[Mapping[Place, Whole]],
     shard: int,
     size: int,
+    cut: Callable[[str, int], Cut] | None,
 ) -> bool:
     place = (one.module, one.side)
-    right = reference[place].of(shard, size)
-    usual = max((metrics.rms(variant[place].of(shard, size) - right) for variant in variants), default=0.0)
+    right = reference[place].of(shard, size, cut)
+    usual = max((metrics.rms(variant[place].of(shard, size, cut) - right) for variant in variants), default=0.0)
     limit = max(FACTOR * usual, LEAST * metrics.rms(right))
     # Not finite is wrong, and a shape of its own is.
     return one.values.shape != right.shape or not metrics.rms(one.values - right) <= limit

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from harness.engines import hf, target
+from harness.engines import deepspeed, hf, target
 from harness.engines.base import Engine
 from harness.engines.ranks import engine as ranks
 from harness.engines.spec import Spec, parse_spec, suggest
@@ -55,6 +55,11 @@ ENGINES: Mapping[str, Entry] = {
         build=streaming.build,
         summary="a transformers checkpoint of any size, one block in memory at a time; scores whole sequences",
         packages=("torch", "transformers", "safetensors"),
+    ),
+    "deepspeed": Entry(
+        build=deepspeed.build,
+        summary="a transformers model that DeepSpeed cuts or partitions: deepspeed:tp=2, or zero=3,ranks=2,offload=cpu",
+        packages=("torch", "transformers", "safetensors", "accelerate", "deepspeed"),
     ),
 }
 

@@ -587,6 +587,12 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def native_dtype(config: Any) -> str:
+    """The dtype that a checkpoint says it is in; float32 where it says nothing, as transformers takes it."""
+    named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return "float32" if named is None else str(named).removeprefix("torch.")
+
+
 def stop_ids_in(source: str) -> frozenset[int]:
     """The end-of-sequence ids that a model directory names, as `HFEngine.stop_ids`."""
     from transformers import GenerationConfig

@@ -1,4 +1,4 @@
-"""The cells of `check --matrix`: every precision in one process, tensor parallel, in stages, and both."""
+"""The cells of `check --matrix`: every precision in one process, tensor parallel, in stages, both, and DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from harness.engines import hf
+from harness.engines import ENGINES, build_engine, hf
+from harness.engines.deepspeed import DeepSpeedEngine
 from harness.engines.ranks import spawned
 from harness.engines.ranks.engine import why_not
 from harness.engines.ranks.layout import Layout
@@ -26,11 +28,20 @@ LAYOUTS = (
 )
 
 
+#: What DeepSpeed does, by the words of its row, those of one number of ranks together.
+DEEPSPEED = {
+    "deepspeed tp 3": "tp=3",
+    "deepspeed tp 2": "tp=2",
+    "deepspeed ZeRO-3 2": "zero=3,ranks=2",
+    "deepspeed ZeRO-3 2, offload": "zero=3,ranks=2,offload=cpu",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """One candidate of the matrix; ``reason`` says why it cannot exist, "" where it can."""
 
-    layout: Layout
+    layout: Layout | str
     dtype: str
     spec: str
     reason: str
@@ -48,12 +59,27 @@ def cells(golden: str | Path, reference: str | Path | None = None) -> Iterator[C
         fix = "Name its directory with --reference"
         raise ModelError(f"the model of {found.name} is not beside it", fix=fix)
     config = hf.load_config(str(model))
+    for row, keys in DEEPSPEED.items():
+        for dtype in PRECISIONS:
+            spec = f"deepspeed:{keys},dtype={dtype}"
+            reason = _why_no_deepspeed(spec, config)
+            if not reason and dtype not in found.floors:
+                reason = f"the golden has no floor for {dtype}"
+            yield Cell(layout=row, dtype=dtype, spec=spec, reason=reason)
     for layout in LAYOUTS:
         for dtype in PRECISIONS:
             reason = why_not(layout, config)
             if not reason and dtype not in found.floors:
                 reason = f"the golden has no floor for {dtype}"
             yield Cell(layout=layout, dtype=dtype, spec=_spec(layout, dtype), reason=reason)
+
+
+def _why_no_deepspeed(spec: str, config: Any) -> str:
+    if reason := ENGINES["deepspeed"].why_not():
+        return reason
+    engine = build_engine(spec)
+    assert isinstance(engine, DeepSpeedEngine)
+    return engine.why_not(config)
 
 
 def _spec(layout: Layout, dtype: str) -> str:

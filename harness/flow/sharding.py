@@ -66,7 +66,9 @@ def _sums(golden: Golden, trace: Trace, model: Path, found: Sharding, progress: 
     attention, threads = trace.settings.get("attn"), trace.settings.get("threads")
     # What a trace says of itself may be anything: only what such an engine can have is run.
     known = (
-        dtype in hf.DTYPES
+        # DeepSpeed cuts elsewhere, and sums the head's products too.
+        trace.settings.get("engine") in ("tp", "pp")
+        and dtype in hf.DTYPES
         and dtype in golden.floors
         and trace.settings.get("device") == "cpu"
         and attention in ("eager", "sdpa")
@@ -122,4 +124,4 @@ def first_wrong_rank(
         for draw in replicas.draw(_VARIANTS + 1, _SEED, kernels[:1])[1:]:
             with replicas.applied(reference.model, draw):
                 variants.append(probes.of_whole(reference, requests, continuations))
-    return culprits.first_wrong(shown, right, variants, engine.options.layout)
+    return culprits.first_wrong(shown, right, variants, engine.options.layout, engine.cut)

@@ -77,7 +77,7 @@ def whole_model(engine: RankEngine) -> PreTrainedModel:
 
 def row_layers(engine: RankEngine) -> list[Any]:
     """The layers of a part whose outputs are sums over the shards, in the order of the forward."""
-    return [engine.model.get_submodule(name) for name in evidence.summed_layers(engine)]
+    return [engine.model.get_submodule(name) for name in engine.summed_layers()]
 
 
 def _own_cut(engine: RankEngine, name: str) -> plans.Cut | None:

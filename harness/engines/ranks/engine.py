@@ -19,7 +19,7 @@ from harness.engines import hf, spec
 from harness.engines.base import Engine
 from harness.engines.ranks import outer, plans, probes, serving, spawned, stages
 from harness.engines.ranks.layout import Layout, refusal
-from harness.engines.ranks.serving import Done, Setup, Work
+from harness.engines.ranks.serving import DeepSpeed, Done, Setup, Work
 from harness.environment import Quiet
 from harness.errors import EngineError, UsageError
 from harness.numerics.sketch import Sketcher
@@ -42,7 +42,8 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "threads": spec.positive,
     "device": spec.one_of("cpu", "cuda"),
 }
-_OF_MODEL = ("model", "dtype", "attn", "batch", "chunk", "threads", "device")
+#: Those of the model, the same on every rank.
+OF_MODEL = ("model", "dtype", "attn", "batch", "chunk", "threads", "device")
 
 
 class Team(Protocol):
@@ -77,6 +78,7 @@ class Options:
         prepare: MODULE:FUNCTION, called on every rank with its engine once the model is loaded.
         timeout: seconds without progress after which a rank has failed.
         model: of the model, the same on every rank.
+        deepspeed: what DeepSpeed does with it; None where transformers cuts it.
     """
 
     layout: Layout
@@ -84,6 +86,7 @@ class Options:
     prepare: str | None = None
     timeout: float = _TIMEOUT
     model: hf.Options = field(default_factory=hf.Options)
+    deepspeed: DeepSpeed | None = None
 
 
 class ParallelEngine(Engine):
@@ -92,8 +95,13 @@ class ParallelEngine(Engine):
     Args:
         options: layout and model.
         text: the SPEC.
-        name: "tp" or "pp".
+        name: "tp", "pp" or "deepspeed".
+
+    Attributes:
+        cut: how the units of a module are cut along a dimension; None is as transformers cuts.
     """
+
+    cut: Callable[[str, int], plans.Cut] | None = None
 
     def __init__(self, options: Options, *, text: str, name: str) -> None:
         self.spec = text
@@ -125,8 +133,9 @@ class ParallelEngine(Engine):
             if source is None:
                 raise UsageError(f"the spec {self.spec!r} names no model", fix="Add model=DIR, or pass --model DIR")
             self._config = hf.load_config(source)
-            if reason := why_not(self.options.layout, self._config):
-                raise UsageError(f"{self.spec} cannot run {Path(source).name}: {reason}", fix="Choose another number")
+            if reason := self.why_not(self._config):
+                problem = f"{self.spec} cannot run {Path(source).name}: {reason}"
+                raise UsageError(problem, fix="Choose another number, or another engine")
             self._join()
             self._differing = []
             self._shown = self._merged(self.ask("open", self._setup(), loading=True))
@@ -155,11 +164,21 @@ class ParallelEngine(Engine):
             outer.refuse_accelerator(self.options.model.device, self.options.layout.tensor)
             self._team = outer.OuterTeam(launched)
         else:
-            team = spawned.team_of(world, self.options.model.threads, device=self.options.model.device or "cpu")
+            device = self.options.model.device or "cpu"
+            team = spawned.team_of(world, self.options.model.threads, device=device, environment=self.environment)
             self._stack.callback(spawned.release, team)
             self._team = team
         self._team.spec, self._team.timeout = self.spec, self.options.timeout
         self._stack.callback(self._close_ranks)
+
+    def why_not(self, config: Any) -> str:
+        """Why it cannot run a model of this config, in words; empty where it can."""
+        return why_not(self.options.layout, config)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What its ranks find set, beside what this process has."""
+        return {}
 
     def _close_ranks(self) -> None:
         if self._team is not None and not self.lost:
@@ -174,6 +193,7 @@ class ParallelEngine(Engine):
             prepare=self.options.prepare,
             timeout=serving.patience(self.options.timeout),
             meeting=self.team.meeting(),
+            deepspeed=self.options.deepspeed,
         )
 
     def __exit__(
@@ -222,15 +242,17 @@ class ParallelEngine(Engine):
         holding = {one["stage"] for one in ranks if one["blocks"][0] < one["blocks"][1]}
         head = {key: value for key, value in shown[layout.head].items() if key != "rank"}
         missing = sorted({name for one in shown for name in one["missing_tensors"]})
+        is_cut = all(one["cut"] for one in ranks)
         return {
             **head,
             "engine": self.name,
             "dtype": "+".join(sorted({one["dtype"] for one in shown})),
             "missing_tensors": missing,
             "parameters": sum(one["parameters"] for one in ranks),
-            "tensor_parallel": layout.tensor if all(one["cut"] for one in ranks) else 1,
+            "tensor_parallel": layout.tensor if is_cut else 1,
             "pipeline_parallel": len(holding),
             "micro_batches": self.options.micro_batches,
+            **({} if self.options.deepspeed is None else {"zero_ranks": layout.zero if is_cut else 1}),
             "blocks": int(self._config.get_text_config().num_hidden_layers),
             "ranks": ranks,
         }
@@ -342,7 +364,7 @@ class _Widened(ParallelEngine):
     def __init__(self, loaded: ParallelEngine) -> None:
         super().__init__(loaded.options, text=f"{loaded.spec} (upcast to float32)", name=loaded.name)
         self.declared = {**loaded.declared, "dtype": "float32"}
-        self._loaded = loaded
+        self._loaded, self.cut = loaded, loaded.cut
 
     def __enter__(self) -> Self:
         loaded = self._loaded
@@ -430,7 +452,7 @@ def build(parsed: spec.Spec, *, model: str | None) -> ParallelEngine:
             raise UsageError(problem, fix="Launch a multiple of it")
         given[key] = launched.world // other
     layout = Layout(tensor=given.get("size", 1), stages=given.get("stages", 1))
-    settings = {"model": model, **{name: given[name] for name in _OF_MODEL if name in given}}
+    settings = {"model": model, **{name: given[name] for name in OF_MODEL if name in given}}
     more = {name: given[name] for name in ("micro_batches", "prepare", "timeout") if name in given}
     return ParallelEngine(
         Options(layout=layout, model=hf.Options(**settings), **more), text=parsed.text, name=parsed.engine

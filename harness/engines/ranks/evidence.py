@@ -7,6 +7,7 @@ by the plan, not by what loaded them.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hooks
-from harness.engines.ranks import plans, stages
+from harness.engines.ranks import stages
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +37,11 @@ def of_rank(engine: RankEngine) -> dict[str, Any]:
         local = local_part(parameter)
         held += local.numel()
         shapes.setdefault(re.sub(r"\.\d+\.", ".*.", name), list(local.shape))
-        _, how = _cut(engine, name, parameter)
+        _, how = engine.cut(name, parameter)
         if how is not None:
             cut += 1
-            whole += local.shape == parameter.shape and parameter.shape[how.dim] > 1
+            shape = engine.whole_shape(name, parameter)
+            whole += local.numel() == math.prod(shape) and how.divides(shape)
     unlike, unaudited = audit(engine)
     return {
         "rank": engine.place.rank,
@@ -55,18 +57,15 @@ def of_rank(engine: RankEngine) -> dict[str, Any]:
     }
 
 
-def _cut(engine: RankEngine, name: str, parameter: torch.Tensor) -> tuple[bool, plans.Cut | None]:
-    """Whether it is known what the plan does with a parameter, and how it is cut; None where it is whole."""
-    style = None if engine.layout.tensor == 1 else plans.style_of(engine.model, name)
-    if style is None:
-        return True, None
-    if style not in plans.STYLES:
-        return False, None
-    return True, plans.cut_of(style, name, parameter.ndim)
+def local_part(tensor: Any) -> torch.Tensor:
+    """What of a tensor lies on this rank: of a DTensor, of a parameter of ZeRO-3 (flat), or all of any other."""
+    if hasattr(tensor, "ds_tensor"):
+        import torch.distributed as dist
 
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor lies on this rank."""
+        piece: torch.Tensor = tensor.ds_tensor
+        # The last ranks' parts are filled up to the length of the others.
+        start = dist.get_rank() * piece.numel()
+        return piece[: max(0, min(piece.numel(), tensor.ds_numel - start))]
     local = getattr(tensor, "to_local", None)
     found: torch.Tensor = tensor if local is None else local()
     return found
@@ -87,7 +86,7 @@ def audit(engine: RankEngine) -> tuple[list[str], list[str]]:
         for name, parameter in engine.model.named_parameters():
             named = _in_model(engine, name)
             key = _in_checkpoint(named, keys, engine)
-            known, cut = _cut(engine, name, parameter)
+            known, cut = engine.cut(name, parameter)
             if key is None or not known:
                 unaudited.append(named)
                 continue
@@ -95,7 +94,7 @@ def audit(engine: RankEngine) -> tuple[list[str], list[str]]:
             if file not in opened:
                 opened[file] = stack.enter_context(safe_open(file, framework="pt"))
             whole = opened[file].get_tensor(key)
-            own = whole if cut is None else cut.of(whole, engine.place.shard, engine.layout.tensor)
+            own = whole if cut is None else cut.of(whole, engine.place.shard, engine.layout.shards)
             held = local_part(parameter)
             same = own.shape == held.shape and torch.equal(own.to(held.device, held.dtype), held)
             if not same:
@@ -200,14 +199,6 @@ class _OnDevice:
         return 0 if self._sum is None else int(self._sum)
 
 
-def summed_layers(engine: RankEngine) -> list[str]:
-    """Names of the rank's layers whose outputs are sums over the shards; none where nothing is cut."""
-    if engine.layout.tensor == 1:
-        return []
-    summed = plans.summed_layers(engine.model)
-    return [name for name, _ in engine.model.named_modules() if name in summed]
-
-
 def _ends(engine: RankEngine) -> list[str]:
     """What of the model lies outside its blocks: embeddings, norms, the head, each whole on every shard."""
     from torch import nn
@@ -224,11 +215,11 @@ def _ends(engine: RankEngine) -> list[str]:
 def watched(engine: RankEngine) -> Iterator[Checksums]:
     """Checksums of the outputs of the blocks, of the parts of them that are sums over the shards, and of the model."""
     sums = Checksums()
-    if engine.layout.tensor == 1:
+    if engine.layout.shards == 1:
         yield sums
         return
     model = engine.model
-    watched_ = [*_ends(engine), *summed_layers(engine), *hooks.block_names(model)]
+    watched_ = [*_ends(engine), *engine.summed_layers(), *hooks.block_names(model)]
     names = {name: name_in_model(engine, name) for name in watched_}
     observe: Callable[[str, Any], None] = lambda name, output: sums.add(names[name], output)  # noqa: E731
     with hooks.watched(model, watched_, observe):

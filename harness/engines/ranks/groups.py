@@ -33,10 +33,13 @@ class Groups:
         store: where the ranks meet; a new one, or a new prefix, each time.
         device: type of the device, "cpu" or "cuda".
         timeout: seconds after which a rank that waits for another one gives up.
+        alone: make a group of shards also where there is one only: some libraries do nothing without.
     """
 
-    def __init__(self, layout: Layout, place: Place, store: Store, *, device: str, timeout: float) -> None:
-        self.layout, self.place = layout, place
+    def __init__(
+        self, layout: Layout, place: Place, store: Store, *, device: str, timeout: float, alone: bool = False
+    ) -> None:
+        self.layout, self.place, self._alone = layout, place, alone
         self._store, self._device, self._timeout = store, device, timedelta(seconds=timeout)
         self._link: Any = None
         self._sent: list[tuple[Any, torch.Tensor]] = []
@@ -47,11 +50,11 @@ class Groups:
 
         with ExitStack() as undone:
             undone.callback(self._leave)
-            if self.layout.tensor > 1:
+            if self.layout.shards > 1 or self._alone:
                 store = PrefixStore(f"stage-{self.place.stage}", self._store)
                 backend = "nccl" if self._device == "cuda" else "gloo"
                 dist.init_process_group(
-                    backend, store=store, rank=self.place.shard, world_size=self.layout.tensor, timeout=self._timeout
+                    backend, store=store, rank=self.place.shard, world_size=self.layout.shards, timeout=self._timeout
                 )
             if self.layout.stages > 1:
                 store = PrefixStore(f"link-{self.place.shard}", self._store)

@@ -1,4 +1,4 @@
-"""How many ranks, and what each is: its stage of the pipeline, and its shard of each layer of that stage."""
+"""How many ranks, and what each is: its stage of the pipeline, and its shard of what that stage holds."""
 
 from __future__ import annotations
 
@@ -8,32 +8,43 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Sizes of tensor and pipeline parallelism; ranks of one stage are neighbours, as is usual (Megatron-LM)."""
+    """Sizes of tensor and pipeline parallelism; ranks of one stage are neighbours, as is usual (Megatron-LM).
+
+    ``zero`` ranks keep a part of each parameter and gather the whole of it where it is used (ZeRO-3): each of them
+    computes the whole stage.
+    """
 
     tensor: int = 1
     stages: int = 1
+    zero: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks of a stage."""
+        return self.tensor * self.zero
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self.tensor * self.stages
+        return self.shards * self.stages
 
     @property
     def head(self) -> int:
         """The rank that shows logits: the first of the last stage."""
-        return self.tensor * (self.stages - 1)
+        return self.shards * (self.stages - 1)
 
     def place(self, rank: int) -> Place:
         """What a rank is."""
-        stage, shard = divmod(rank, self.tensor)
+        stage, shard = divmod(rank, self.shards)
         return Place(rank=rank, stage=stage, shard=shard, last=stage == self.stages - 1)
 
     def ranks_of(self, stage: int) -> range:
         """The ranks of a stage, shard 0 first."""
-        return range(stage * self.tensor, (stage + 1) * self.tensor)
+        return range(stage * self.shards, (stage + 1) * self.shards)
 
     def __str__(self) -> str:
         parts = [f"tp {self.tensor}"] if self.tensor > 1 else []
+        parts += [f"ZeRO-3 {self.zero}"] if self.zero > 1 else []
         return " x ".join([*parts, *([f"pp {self.stages}"] if self.stages > 1 else [])]) or "1 process"
 
 

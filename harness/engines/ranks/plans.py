@@ -9,8 +9,9 @@ Shape legend: B batch rows, T new tokens, S tokens so far, E inputs, N outputs.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,65 @@ class Cut:
             pieces = group.chunk(size, dim=self.dim)
             parts.append(pieces[shard] if shard < len(pieces) else group.narrow(self.dim, 0, 0))
         return torch.cat(parts, dim=self.dim) if len(parts) > 1 else parts[0]
+
+    def divides(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape has more than one piece."""
+        return shape[self.dim] > 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grained(Cut):
+    """A cut between grains, the first pieces one grain more, what is less than a grain to the last: as AutoTP cuts.
+
+    Attributes:
+        grain: elements.
+        heads: where it is not 0 and divides the length, a grain is as many elements as one head has.
+    """
+
+    grain: int = 1
+    heads: int = 0
+
+    def of(self, tensor: torch.Tensor, shard: int, size: int) -> torch.Tensor:
+        length = tensor.shape[self.dim]
+        grain = length // self.heads if self.heads and length % self.heads == 0 else self.grain
+        grain = grain if length >= grain else 1
+        more, rest = divmod(length // grain, size)
+        sizes = [(more + (one < rest)) * grain for one in range(size - 1)]
+        sizes.append(length - sum(sizes))
+        piece: torch.Tensor = tensor.split(sizes, dim=self.dim)[shard]
+        return piece
+
+
+class Flat(Cut):
+    """A cut of all elements in a row, as ZeRO-3 keeps parameters."""
+
+    __slots__ = ()
+
+    def of(self, tensor: torch.Tensor, shard: int, size: int) -> torch.Tensor:
+        length = -(-tensor.numel() // size)
+        return tensor.flatten()[shard * length : (shard + 1) * length]
+
+    def divides(self, shape: Sequence[int]) -> bool:
+        return math.prod(shape) > 1
+
+
+#: Elements that AutoTP of DeepSpeed leaves together, where it does not cut by head.
+_GRAIN = 64
+#: Parts of the names of modules that it does not cut by head.
+_NO_HEADS = ("mlp", "lm_head", "embed_out", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def autotp_cut(module: str, dim: int, config: Any) -> Grained:
+    """How AutoTP of DeepSpeed cuts a layer along a dimension.
+
+    Args:
+        module: the layer's name.
+        dim: of its weight, its bias or its input.
+        config: of the model.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Grained(dim=dim, grain=_GRAIN, heads=0 if any(part in module for part in _NO_HEADS) else int(heads))
 
 
 _WHOLE = None
@@ -181,18 +241,21 @@ def _localise_bloom(model: Any, shard: int, size: int) -> None:
     for block in model.transformer.h:
         attention = block.self_attention
         attention.num_heads //= size
-        attention.register_forward_pre_hook(_own_slopes(attention.num_heads, shard), with_kwargs=True)
+        attention.register_forward_pre_hook(own_slopes(attention.num_heads, shard), with_kwargs=True)
 
 
-def _own_slopes(heads: int, shard: int) -> Callable[..., Any]:
+def own_slopes(heads: int, shard: int) -> Callable[..., Any]:
     """A hook that leaves of all heads' biases, [B * heads of the model, 1, S], those of the rank's own heads.
 
-    The biases are made once for the model, from a mask or without one; both ways end in this argument.
+    The biases are made once for the model, from a mask or without one; both ways end in this argument. Biases that are
+    the rank's own already are left: DeepSpeed makes them so on one of the two ways.
     """
 
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         alibi, hidden_BTE = kwargs["alibi"], args[0]
         batch, length = hidden_BTE.shape[0], alibi.shape[-1]
+        if alibi.shape[0] == batch * heads:
+            return args, kwargs
         own = alibi.view(batch, -1, 1, length)[:, shard * heads : (shard + 1) * heads]
         return args, {**kwargs, "alibi": own.reshape(batch * heads, 1, length)}
 

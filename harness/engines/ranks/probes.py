@@ -9,7 +9,7 @@ Shape legend: B batch rows, T tokens, W columns, N = B * T rows, J projections.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,20 +62,28 @@ class Whole:
     values: NDArray[np.float64]
     projected_weight: NDArray[np.float64] | None = None
 
-    def of(self, shard: int, size: int) -> NDArray[np.float64]:
-        """Projections of what a shard should hold of it, [N, J]."""
+    def of(self, shard: int, size: int, cut: Callable[[str, int], plans.Cut] | None = None) -> NDArray[np.float64]:
+        """Projections of what a shard should hold of it, [N, J].
+
+        Args:
+            shard: its number.
+            size: how many there are.
+            cut: how a module's units are cut along a dimension; None is as transformers cuts.
+        """
         import torch
 
         own = torch.from_numpy(self.values)
         if self.summed:
-            own = plans.Cut(dim=1).of(own, shard, size)
+            own = self._cut(cut, 1).of(own, shard, size)
         if self.projected_weight is None:
             return projected(own)
         # Projections are linear: those of the product are the product with those of the weight.
-        product: NDArray[np.float64] = (
-            own @ plans.Cut(dim=0).of(torch.from_numpy(self.projected_weight), shard, size)
-        ).numpy()
+        weight = self._cut(cut, 0).of(torch.from_numpy(self.projected_weight), shard, size)
+        product: NDArray[np.float64] = (own @ weight).numpy()
         return product
+
+    def _cut(self, cut: Callable[[str, int], plans.Cut] | None, dim: int) -> plans.Cut:
+        return plans.Cut(dim=dim) if cut is None else cut(self.module, dim)
 
 
 def asked(golden: Golden) -> tuple[list[Request], list[tuple[int, ...]]]:
@@ -96,9 +104,12 @@ def projected(tensor_NW: torch.Tensor) -> NDArray[np.float64]:
 def of_rank(engine: RankEngine, requests: Sequence[Request], continuations: Sequence[Sequence[int]]) -> list[Shown]:
     """The places of a rank, in the order of its forward."""
     blocks = hooks.block_names(engine.model)
-    summed = evidence.summed_layers(engine)
+    summed = engine.summed_layers()
     names = {name: evidence.name_in_model(engine, name) for name in [*blocks, *summed]}
-    with _collected(engine.model, [*blocks[:1], *summed], [*summed, *blocks]) as found, _partials(found, summed):
+    with (
+        _collected(engine.model, [*blocks[:1], *summed], [*summed, *blocks]) as found,
+        engine.before_sums(lambda partial: _take_partial(found, summed, partial)),
+    ):
         _prefill(engine, requests, continuations)
     return [
         Shown(module=names[name], side=side, values=projected(_rows(parts)))
@@ -155,24 +166,13 @@ def _rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).detach().cpu()
 
 
-@contextmanager
-def _partials(found: dict[tuple[str, Side], list[torch.Tensor]], summed: Sequence[str]) -> Iterator[None]:
+def _take_partial(
+    found: dict[tuple[str, Side], list[torch.Tensor]], summed: Sequence[str], partial: torch.Tensor
+) -> None:
     """What is given to an all-reduce behind the input of a summed layer is this rank's partial product of it."""
-    import torch.distributed as dist
-
-    original = dist.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        last = next(reversed(found), None)
-        if last is not None and last[0] in summed and last[1] in ("input", "partial"):
-            found.setdefault((last[0], "partial"), []).append(tensor.clone())
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield
-    finally:
-        dist.all_reduce = original
+    last = next(reversed(found), None)
+    if last is not None and last[0] in summed and last[1] in ("input", "partial"):
+        found.setdefault((last[0], "partial"), []).append(partial.clone())
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class RankEngine(hf.HFEngine):
         self._store, self._timeout = store, timeout
         self._prepare, self._pulse = prepare, pulse
         self.layers = range(0)
+        self._entered_blocks = 0
         self._full: Any = None
         self._evidence: Mapping[str, Any] | None = None
 
@@ -69,17 +70,24 @@ class RankEngine(hf.HFEngine):
         device = (self.options.device or "cpu").partition(":")[0]
         if device == "cuda":
             _take_gpu()
-        self.groups = self._stack.enter_context(
-            Groups(self.layout, self.place, self._store, device=device, timeout=self._timeout)
-        )
+        self._meet(device)
         super()._open()
         for name in hooks.block_names(self.model):
             self.model.get_submodule(name).register_forward_pre_hook(self._beat(name))
         if self._prepare is not None:
             self._prepare(self)
 
+    def _meet(self, device: str, *, alone: bool = False) -> None:
+        self.groups = self._stack.enter_context(
+            Groups(self.layout, self.place, self._store, device=device, timeout=self._timeout, alone=alone)
+        )
+
     def _beat(self, name: str) -> Callable[..., None]:
-        return lambda *_: self._pulse(name)
+        def beat(*_: Any) -> None:
+            self._entered_blocks += 1
+            self._pulse(f"{name}, {self._entered_blocks} blocks done")
+
+        return beat
 
     # --- loading -------------------------------------------------------------------------------
 
@@ -128,6 +136,43 @@ class RankEngine(hf.HFEngine):
         """Of the whole checkpoint, on the head alone: it is read for it, and one rank is enough."""
         return super().identity if self.place.rank == self.layout.head else None
 
+    def cut(self, name: str, parameter: torch.Tensor) -> tuple[bool, plans.Cut | None]:
+        """Whether it is known what becomes of a parameter, and how it is cut; None where it is whole."""
+        style = None if self.layout.tensor == 1 else plans.style_of(self.model, name)
+        if style is None:
+            return True, None
+        if style not in plans.STYLES:
+            return False, None
+        return True, plans.cut_of(style, name, parameter.ndim)
+
+    def whole_shape(self, _name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+        """The shape that a parameter has over all ranks."""
+        return tuple(parameter.shape)
+
+    def summed_layers(self) -> list[str]:
+        """Names of the layers whose outputs are sums over the shards; none where nothing is cut."""
+        if self.layout.tensor == 1:
+            return []
+        summed = plans.summed_layers(self.model)
+        return [name for name, _ in self.model.named_modules() if name in summed]
+
+    @contextmanager
+    def before_sums(self, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Inside, ``take`` is shown what goes into a sum over the shards, before it does."""
+        import torch.distributed as dist
+
+        original = dist.all_reduce
+
+        def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            take(tensor)
+            return original(tensor, *args, **kwargs)
+
+        dist.all_reduce = all_reduce
+        try:
+            yield
+        finally:
+            dist.all_reduce = original
+
     @property
     def running(self) -> dict[str, Any]:
         """The settings that are only true once a pass has run."""
@@ -153,7 +198,7 @@ class RankEngine(hf.HFEngine):
         if not self.place.last:
             return self.groups.from_last([0] * len(logits_BV))
         chosen_B = logits_BV.argmax(dim=-1)
-        if self.layout.tensor > 1:
+        if self.layout.shards > 1:
             dist.broadcast(chosen_B, src=0)  # of the default group: the shards of this stage
         return self.groups.from_last(chosen_B.tolist())
 

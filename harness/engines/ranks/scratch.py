@@ -11,6 +11,8 @@ from pathlib import Path
 
 _PREFIX = "harness-ranks-"
 _LOCK = "lock"
+#: Memory that processes of a Linux machine share: what ranks make there is called after their directory.
+_SHARED = Path("/dev/shm")
 
 
 class Scratch:
@@ -32,7 +34,14 @@ class Scratch:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    for shared in _SHARED.glob(f"*_{path.name}_*"):
+        with contextlib.suppress(OSError):
+            shared.unlink()
 
 
 def sweep(root: Path) -> None:
@@ -43,6 +52,6 @@ def sweep(root: Path) -> None:
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             finally:
                 os.close(lock)

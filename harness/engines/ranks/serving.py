@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hf
@@ -36,6 +37,26 @@ def patience(timeout: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeepSpeed:
+    """What DeepSpeed does with a model.
+
+    Attributes:
+        zero: stage of ZeRO: 3 partitions the parameters; 0 is none, and AutoTP cuts the layers.
+        offload: where ZeRO-3 keeps what is not in use, "cpu"; None is the device.
+        kernels: whether blocks are replaced by DeepSpeed's own kernels.
+        all_reduce: "shm", its own sum in the memory that this machine's processes share, or "gloo"; None is the first
+            where it can be.
+        build: seconds that compiling it may take, the first time.
+    """
+
+    zero: int = 0
+    offload: str | None = None
+    kernels: bool = False
+    all_reduce: str | None = None
+    build: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
     """What a rank opens.
 
@@ -47,6 +68,7 @@ class Setup:
         prepare: MODULE:FUNCTION, called on every rank with its engine once the model is loaded; None for nothing.
         timeout: seconds that a rank waits for another.
         meeting: where the ranks meet, a new place each time; what it means is the team's.
+        deepspeed: what DeepSpeed does with the model; None where transformers cuts it.
     """
 
     options: hf.Options
@@ -56,6 +78,7 @@ class Setup:
     prepare: str | None
     timeout: float
     meeting: str
+    deepspeed: DeepSpeed | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,11 +138,13 @@ class Server:
 
     def open(self, setup: Setup) -> Mapping[str, Any]:
         """Load this rank's part; shows its settings."""
+        from harness.engines.ranks.deepspeed_rank import DeepSpeedRank
         from harness.engines.ranks.rank import RankEngine
 
         self.close()
-        layout = setup.layout
-        engine = RankEngine(
+        layout, how = setup.layout, setup.deepspeed
+        make = RankEngine if how is None else partial(DeepSpeedRank, how=how)
+        engine = make(
             setup.options,
             text=setup.text,
             layout=layout,

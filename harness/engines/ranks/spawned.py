@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,6 +102,7 @@ class SpawnedTeam:
         server: MODULE:CLASS of what answers requests in a rank.
         path: where they look for modules; None is where this process does.
         directory: that they run in; None is this process'.
+        environment: what is set for them beside what this process has.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class SpawnedTeam:
         server: str = f"{__package__}.serving:Server",
         path: Sequence[str] | None = None,
         directory: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.size = size
+        self.environment = dict(environment or {})
         self.device = device
         self.threads = _threads(threads, size)
         self.spec = ""
@@ -172,6 +175,10 @@ class SpawnedTeam:
             "GLOO_SOCKET_IFNAME": _loopback(),
             # What a rank has printed before it was killed is in its log.
             "PYTHONUNBUFFERED": "1",
+            # No address: ranks meet in a file. Libraries name by it what they share in this machine's memory.
+            "MASTER_ADDR": self._directory.name,
+            "MASTER_PORT": "0",
+            **self.environment,
         }
         numbers = [str(one) for one in (theirs.fileno(), lifeline_theirs, number)]
         try:
@@ -518,24 +525,28 @@ def kept() -> Iterator[None]:
             _Kept.team = None
 
 
-def team_of(world: int, threads: int | None, *, device: str = "cpu") -> SpawnedTeam:
+def team_of(
+    world: int, threads: int | None, *, device: str = "cpu", environment: Mapping[str, str] | None = None
+) -> SpawnedTeam:
     """A team of at least ``world`` ranks, to be handed to `release`.
 
-    A kept team serves where it has ranks enough, the same device, and the same threads a rank; it is ended otherwise.
+    A kept team serves where it has ranks enough, the same device, environment and threads a rank; else it is ended.
 
     Args:
         world: how many ranks are needed.
         threads: of each; None shares the cores among all ranks of the team, which are more than ``world`` where a
             larger one is kept.
         device: that they compute on.
+        environment: what is set for them beside what this process has.
     """
     team, _Kept.team = _Kept.team, None
     if team is not None:
-        alike = (team.threads, team.device) == (_threads(threads, team.size), device)
+        asked = (_threads(threads, team.size), device, dict(environment or {}))
+        alike = (team.threads, team.device, team.environment) == asked
         if alike and team.alive and team.size >= world:
             return team
         team.close()
-    return SpawnedTeam(world, threads=threads, device=device)
+    return SpawnedTeam(world, threads=threads, device=device, environment=environment)
 
 
 def release(team: SpawnedTeam) -> None:

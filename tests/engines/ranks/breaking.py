@@ -15,6 +15,24 @@ import sys
 import time
 
 
+def no_mask_where_it_is_all_ones(rank):
+    """Give the model what `generate` of transformers 5.23 gives it for a text without padding: no mask."""
+    import torch
+
+    def drop(_model, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        return args, {**kwargs, "attention_mask": None if bool(torch.all(mask == 1)) else mask}
+
+    rank.model.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+def bloom_as_deepspeed_has_it(rank):
+    """The same, without the hooks of ours that make BLOOM work so."""
+    for block in rank.model.transformer.h:
+        block.self_attention._forward_pre_hooks.clear()
+    no_mask_where_it_is_all_ones(rank)
+
+
 class Light:
     """Answers requests as serving.Server does, without importing torch: such a rank starts in no time."""
 

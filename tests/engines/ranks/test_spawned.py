@@ -84,7 +84,7 @@ def test_progress_says_where_a_rank_is():
     team.call("get_on", 1, 3, 0.3, world=2)
     team.close()
     assert any(text.startswith("starting 2 ranks") for text in shown)
-    assert any(text.startswith("rank 1: model.layers.") and text.endswith("blocks done") for text in shown)
+    assert any(text.startswith("rank 1: model.layers.") for text in shown)
 
 
 def test_a_kept_team_is_used_again_and_ended_at_last(monkeypatch):

@@ -51,7 +51,7 @@ def test_a_rank_answers_until_nothing_more_will_come(started):
     assert wire.receive() == ("ready", None)
     wire.send(("echo", (0, "hello")))
     heard = [wire.receive(), wire.receive()]
-    assert heard == [("pulse", "model.layers.0, 1 blocks done"), ("done", (3, ["hello"]))]
+    assert heard == [("pulse", "model.layers.0"), ("done", (3, ["hello"]))]
     wire.finish()
     assert process.wait(60) == 0
     os.close(lifeline)
@@ -81,8 +81,8 @@ def test_a_rank_ends_with_its_lifeline(started):
     assert process.wait(60) == 1
 
 
-def test_pulses_are_counted_and_spaced(monkeypatch):
-    """Every block counts, and not every one is told."""
+def test_pulses_are_spaced(monkeypatch):
+    """Not every block is told."""
     now = [100.0]
     monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
     told = []
@@ -90,4 +90,4 @@ def test_pulses_are_counted_and_spaced(monkeypatch):
     for step in range(10):
         now[0] = 100 + step * 0.06
         pulse(f"h.{step}")
-    assert told == [("pulse", f"h.{step}, {step + 1} blocks done") for step in (0, 4, 8)]
+    assert told == [("pulse", f"h.{step}") for step in (0, 4, 8)]
