@@ -34,12 +34,17 @@ def matrix_to_text(cells: Sequence[Cell], verdicts: Sequence[Verdict]) -> str:
     by_spec = {one.candidate: one for one in verdicts}
     precisions = list(dict.fromkeys(cell.dtype for cell in cells))
     rows = [["", *precisions]]
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for layout in reversed(list(dict.fromkeys(str(cell.layout) for cell in cells))):
         row = {cell.dtype: cell for cell in cells if str(cell.layout) == layout}
         rows.append([layout, *(_cell(row[name], by_spec) for name in precisions)])
-        reasons += [f"{layout}, {cell.dtype}: {cell.reason}" for cell in row.values() if cell.reason]
-    return "\n".join([*columns(rows), *(f"no such cell: {one}" for one in reasons)])
+        for reason in dict.fromkeys(cell.reason for cell in row.values() if cell.reason):
+            missing = [cell.dtype for cell in row.values() if cell.reason == reason]
+            # A row that is missing as a whole is named by itself.
+            names = [layout] if len(missing) == len(precisions) else [f"{layout}, {dtype}" for dtype in missing]
+            reasons.setdefault(reason, []).extend(names)
+    below = [f"no such cell: {'; '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n".join([*columns(rows), *below])
 
 
 def _cell(cell: Cell, by_spec: dict[str, Verdict]) -> str:

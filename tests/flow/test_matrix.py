@@ -83,7 +83,7 @@ def test_the_command_runs_the_cells_and_draws_the_grid(
     assert [line.split()[0] for line in grid[:5]] == ["float32", "1", "pp", "tp", "tp"]
     assert grid[3].count("none") == 2
     assert "identical" in grid[1]
-    assert grid[5].startswith("no such cell: tp 4, float32: its 6 attention heads cannot be divided among 4 ranks")
+    assert grid[5].startswith("no such cell: tp 4: its 6 attention heads cannot be divided among 4 ranks")
     assert CliRunner().invoke(cli, ["check", "x", "--matrix", "-c", "hf"]).exit_code != 0
 
 

@@ -26,7 +26,16 @@ def test_each_cell_is_a_verdict_or_has_its_reason() -> None:
     assert lines[0].split() == ["float32", "bfloat16"]
     assert lines[1].split() == ["1", "process", "identical", "0.91", "error"]
     assert lines[2].split() == ["tp", "3", "none", "none"]
-    assert lines[3:] == [
-        "no such cell: tp 3, float32: its 4 heads cannot be divided",
-        "no such cell: tp 3, bfloat16: its 4 heads cannot be divided",
+    assert lines[3:] == ["no such cell: tp 3: its 4 heads cannot be divided"]
+
+
+def test_a_reason_is_told_once() -> None:
+    """Rows that are missing as a whole are named by themselves, a single cell with its precision."""
+    missing = {"deepspeed tp 2": ("float32", "float16"), "deepspeed tp 3": ("float32", "float16"), "hf": ("float16",)}
+    cells = [
+        Cell(layout=layout, dtype=dtype, spec=f"{layout} {dtype}", reason="install it" if dtype in without else "")
+        for layout, without in missing.items()
+        for dtype in ("float32", "float16")
     ]
+    below = matrix_to_text(cells, []).splitlines()[4:]
+    assert below == ["no such cell: hf, float16; deepspeed tp 3; deepspeed tp 2: install it"]
