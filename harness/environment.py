@@ -29,6 +29,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def dtype_key() -> str:
+    """What transformers calls the dtype of a model that it makes: `torch_dtype` before 4.56, `dtype` since."""
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were computed on; no host name, no path."""
     import torch

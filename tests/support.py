@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from harness.environment import dtype_key
 from harness.models import tokenizer
 
 SUITE = """
@@ -72,7 +73,7 @@ def random_model(kind: str, *, seed: int = 0, dtype: str = "float32"):
         kind, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, **config_of(kind)
     )
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, **{dtype_key(): torch.float32})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

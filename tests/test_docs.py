@@ -85,6 +85,7 @@ ELSEWHERE = {
     "make check": "by .ci/run",
     "make test": "by .ci/run, and this is a part of it",
     "make test-deepspeed": "by whoever changes that engine: it installs an extra, and this is a part of it",
+    "make test-transformers-4.55": "by whoever changes what depends on transformers: it makes an environment",
     "make lint": "by .ci/run",
     ".ci/run": "it runs this",
     "pip install -c constraints.txt -e '.[test]'": "what runs this test was installed so",

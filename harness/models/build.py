@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.environment import Quiet, pinned_threads
+from harness.environment import Quiet, dtype_key, pinned_threads
 from harness.models import grammar, tokenizer
 from harness.models.recipes import CONTEXT, Recipe
 
@@ -92,7 +92,7 @@ def _fresh_model(recipe: Recipe, text_tokenizer: Tokenizer) -> PreTrainedModel:
         pad_token_id=text_tokenizer.token_to_id(tokenizer.PAD),
         **copy.deepcopy(dict(recipe.config)),
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **{dtype_key(): torch.float32})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.environment import dtype_key
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -75,7 +77,7 @@ class Host:
             self.model_type, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, **arguments
         )
         with torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **{dtype_key(): torch.float32})
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

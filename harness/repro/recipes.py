@@ -13,6 +13,7 @@ from harness.engines.convention import Convention, convention_of, model_name, pa
 from harness.engines.port import DEVICE, DTYPE, PortEngine
 from harness.engines.port import Options as PortOptions
 from harness.engines.target import PyEngine, load
+from harness.environment import dtype_key
 from harness.numerics import quantise
 
 #: What a port is given, and what it is called in the script.
@@ -210,7 +211,7 @@ def _root(module: str) -> Path:
 
 def _loading(path: str, dtype: str | None, **more: str) -> str:
     wanted = '"auto"' if dtype is None else f"torch.{dtype}"
-    arguments = {hf.dtype_key(): wanted, **more, "use_safetensors": "True"}
+    arguments = {dtype_key(): wanted, **more, "use_safetensors": "True"}
     return ", ".join([path, *(f"{key}={value}" for key, value in arguments.items())])
 
 

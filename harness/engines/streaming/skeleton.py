@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from harness.engines import hf, hooks
 from harness.engines.streaming.files import FLOATS, Place
+from harness.environment import dtype_key
 from harness.errors import ModelError
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def build(source: str, places: Mapping[str, Place], *, load: str, dtype: str, at
     wide = dtype == "float64"
     arguments: dict[str, Any] = {"attn_implementation": "eager" if wide else attention} if wide or attention else {}
     with hf.model_errors(source), _lift(wide), _Empty(), hf.default_dtype(getattr(torch, load)):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, load), **arguments)
+        model: Any = AutoModelForCausalLM.from_config(config, **{dtype_key(): getattr(torch, load)}, **arguments)
         model.eval()
     for buffer in model.buffers():
         if load != dtype and buffer.is_floating_point() and not buffer.is_meta:
