@@ -112,7 +112,8 @@ def check(
     harness check --all --quick
 
     A SPEC is ENGINE:key=value,...  For `hf` the keys are model, dtype, weights, quantised, attn, static_cache,
-    compile, batch, chunk, show, threads, device and trust_remote_code; for `tp` and `pp` size, stages, micro_batches,
+    compile, batch, chunk, show, threads, device, device_map (auto, cpu-offload, disk), tf32, deterministic, graphs,
+    bucket and trust_remote_code; for `tp` and `pp` size, stages, micro_batches,
     model, dtype, attn, batch, chunk, threads, device, prepare and timeout; for `stream` (one block in memory at a time)
     model, dtype, weights, attn, threads, device, read, hidden_gb and work; for `deepspeed` tp, or zero=3 with ranks and
     offload, then kernels, all_reduce, build, prepare, timeout and those of a model. Ranks are started here, or joined

@@ -7,6 +7,7 @@ the two token for token.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,9 +17,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from harness import checkpoint, suites
-from harness.engines import decoding, hooks, modules, spec
+from harness.engines import cuda, decoding, gaudi, hooks, modules, placement, spec
 from harness.engines.base import Engine
-from harness.environment import Quiet, thread_count, versions
+from harness.environment import Quiet, dtype_key, thread_count, versions
 from harness.errors import EngineError, ModelError, UsageError, first_line
 from harness.numerics import quantise
 from harness.numerics.constants import TOP
@@ -65,6 +66,11 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "show": spec.one_of(*_SHOWN),
     "threads": spec.positive,
     "device": str,
+    "device_map": spec.one_of(*placement.MAPS),
+    "tf32": spec.flag,
+    "deterministic": spec.flag,
+    "graphs": spec.flag,
+    "bucket": spec.positive,
     "trust_remote_code": spec.flag,
 }
 
@@ -78,7 +84,9 @@ class Options:
     of the blocks are quantised and dequantised instead. ``quantised`` only declares how the checkpoint was made, and
     changes nothing. ``batch`` overrides every run's size. ``chunk`` feeds prompts in pieces of that many tokens
     through the KV cache. ``show`` hides what a served model would hide. ``device`` None is the CPU for a model that
-    is loaded, and wherever it is for a live one.
+    is loaded, and wherever it is for a live one. ``device_map`` lets accelerate place the weights. On CUDA ``tf32``
+    lets products of float32 round, ``deterministic=False`` takes kernels that sum in any order, ``graphs`` replays each
+    step as one graph; on HPU graphs are the default, and lengths are rounded up to multiples of ``bucket``.
     """
 
     model: str | None = None
@@ -93,7 +101,17 @@ class Options:
     show: str = "logits"
     threads: int | None = None
     device: str | None = None
+    device_map: str | None = None
+    tf32: bool = False
+    deterministic: bool = True
+    graphs: bool = False
+    bucket: int | None = None
     trust_remote_code: bool = False
+
+    @property
+    def device_type(self) -> str:
+        """The kind of device that a model is loaded for."""
+        return (self.device or "cpu").partition(":")[0]
 
 
 class HFEngine(Engine):
@@ -122,6 +140,7 @@ class HFEngine(Engine):
         self._missing: tuple[str, ...] = ()
         self._tokenizer: Any = None
         self._identity: checkpoint.Identity | None = None
+        self._placement: placement.Placement | None = None
 
     def __enter__(self) -> Self:
         # An engine that is open stays as it is: loaded anew, it would lose what its user changed in the model.
@@ -141,16 +160,22 @@ class HFEngine(Engine):
         import torch
 
         self._stack.enter_context(torch.no_grad())
+        self._prepare_device()
         if self._given is not None:
             self._stack.enter_context(modules.in_evaluation(self._given))
+            if self._placement is not None:
+                self._stack.enter_context(self._placement.placed(self._given))
             self._model = self._given
         else:
             self._model = self._load()
         self._cache_class = NOT_USED
         self._chunk = None if self.options.chunk is None else NOT_USED
-        if self._model.device.type != "cpu":
+        if not self._device.startswith("cpu"):
             # Kernels with atomic sums, and split-K by load: only the CPU promises the same bits.
             self.capabilities -= {"deterministic"}
+        if self.options.device_map == "auto" and placement.is_split(self._model):
+            # What accelerate put into the modules holds on to this model, and a copy would run its layers.
+            self.capabilities -= {"upcast"}
         self._accepts = frozenset(inspect.signature(self._model.forward).parameters)
         self._forward: Callable[..., Any] = self._model
         if self.options.compile:
@@ -161,6 +186,36 @@ class HFEngine(Engine):
             torch._dynamo.utils.counters.clear()
             self._stack.callback(torch._dynamo.reset)
             self._forward = torch.compile(self._model, dynamic=True)
+        elif self.options.graphs:
+            self._forward = self._graphed(self._model)
+
+    def _prepare_device(self) -> None:
+        """What must be so before a model is loaded for the device."""
+        options = self.options
+        if options.device_type == "cuda":
+            self._stack.enter_context(cuda.flags(tf32=options.tf32, deterministic=options.deterministic))
+        if options.device_type == gaudi.DEVICE and self._given is None:
+            gaudi.adapt()
+        self._placement = None
+        if options.device_map is not None:
+            self._placement = placement.Placement(options.device_map, device=options.device or "cpu", stack=self._stack)
+
+    def _graphed(self, model: PreTrainedModel) -> Callable[..., Any]:
+        if self.options.device_type == gaudi.DEVICE:
+            return gaudi.graphed(model)
+        import torch._dynamo
+
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        self._stack.callback(torch._dynamo.reset)
+        return cuda.graphed(model)
+
+    @property
+    def _device(self) -> str:
+        """Where the model's input goes; weights may rest elsewhere."""
+        if self._placement is None:
+            return str(self.model.device)
+        return placement.device_of(self.model, self.options.device or "cpu")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -193,7 +248,10 @@ class HFEngine(Engine):
             model = self._rounded(source, weights, dtype)
         else:
             model = self._from_pretrained(source, weights or (None if dtype == "float64" else dtype))
-        return self._place(to_float64(model, config) if dtype == "float64" else model)
+        model = to_float64(model, config) if dtype == "float64" else model
+        if self._placement is None:
+            return self._place(model)
+        return self._placement.place(model.eval())
 
     def _rounded(self, source: str, weights: str, dtype: str | None) -> PreTrainedModel:
         """What loading in ``dtype`` gives (tables beside the weights too), with weights that were rounded before."""
@@ -229,7 +287,7 @@ class HFEngine(Engine):
         arguments: dict[str, Any] = {dtype_key(): wanted, "use_safetensors": True, "output_loading_info": True}
         if self.options.attn is not None:
             arguments["attn_implementation"] = self.options.attn
-        return arguments
+        return arguments if self._placement is None else {**arguments, **self._placement.arguments}
 
     def _from_pretrained(self, source: str, dtype: str | None, **more: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
@@ -286,6 +344,7 @@ class HFEngine(Engine):
 
         model, identity = self.model, self.identity
         parameters = list(model.parameters())
+        placed = self._placement is not None
         return {
             "engine": "hf",
             "model": type(model).__name__,
@@ -299,13 +358,21 @@ class HFEngine(Engine):
             "batch": self.options.batch,
             "chunk": self._chunk,
             "threads": torch.get_num_threads(),
-            "device": modules.common(p.device.type for p in parameters),
+            "device": self._device.partition(":")[0] if placed else modules.common(p.device.type for p in parameters),
+            "device_map": placement.device_map(model) if placed else None,
+            **({"resting": placement.resting(model)} if placed else {}),
+            "graphs": self._graphs_ran(),
+            "bucket": self.options.bucket,
+            **(cuda.in_force() if self.options.device_type == "cuda" else {}),
             "parameters": sum(p.numel() for p in parameters),
             "missing_tensors": list(self._missing),
             "checkpoint": None if identity is None else identity.digest,
             "signature": None if identity is None else identity.signature,
             "versions": versions(),
         }
+
+    def _graphs_ran(self) -> bool:
+        return self.options.graphs and (self._on_gaudi or cuda.graphs_ran())
 
     @property
     def identity(self) -> checkpoint.Identity | None:
@@ -348,7 +415,7 @@ class HFEngine(Engine):
             step=self._step,
             new_cache=self._new_cache,
             pad_id=pad if pad is not None and 0 <= pad < self.vocabulary else 0,
-            device=str(self.model.device),
+            device=self._device,
             prefill_tokens=max(1, _LOGITS_BYTES // (8 * self.vocabulary)),
         )
 
@@ -408,10 +475,15 @@ class HFEngine(Engine):
         def observe(name: str, output: torch.Tensor) -> None:
             found[name].append(output[0].clone())
 
-        with hooks.watched(self.model, names, observe):
-            decoding.teacher_forced(
-                self.decoder, requests, continuations, batch_size=1, sketcher=Sketcher(self.vocabulary)
-            )
+        # A graph that is replayed calls no hook.
+        forward, self._forward = self._forward, self.model if self.options.graphs else self._forward
+        try:
+            with hooks.watched(self.model, names, observe):
+                decoding.teacher_forced(
+                    self.decoder, requests, continuations, batch_size=1, sketcher=Sketcher(self.vocabulary)
+                )
+        finally:
+            self._forward = forward
         return found
 
     def upcast(self) -> HFEngine:
@@ -423,7 +495,9 @@ class HFEngine(Engine):
         import torch
 
         self._need("upcast")
-        live, options, dtype = copy.deepcopy(self.model), self.options, "float64"
+        options, dtype = self.options, "float64"
+        with nullcontext() if self._placement is None else self._placement.gathered(self.model):
+            live = copy.deepcopy(self.model)
         if live.dtype != torch.float64:
             dtype = "float32"
             live, options = modules.recast(live, torch.float32), replace(options, dtype=dtype)
@@ -454,7 +528,13 @@ class HFEngine(Engine):
         return batch_size if self.options.batch is None else self.options.batch
 
     def _new_cache(self, batch: int, length: int) -> Any:
-        cache = _static_cache(self.model, batch, length) if self.options.static_cache else _dynamic_cache(self.model)
+        cache: Any
+        if self._on_gaudi:
+            cache = gaudi.Cache(length=gaudi.rounded_up(length, self.options.bucket or gaudi.BUCKET))
+        elif self.options.static_cache:
+            cache = _static_cache(self.model, self._device, batch, length)
+        else:
+            cache = _dynamic_cache(self.model)
         self._cache_class = type(cache).__name__
         return cache
 
@@ -466,10 +546,19 @@ class HFEngine(Engine):
         cache: Any,
         keep: int,
     ) -> torch.Tensor:
+        if self._on_gaudi:
+            places = (input_ids_BT, position_ids_BT, attention_mask_BS)
+            bucket = self.options.bucket or gaudi.BUCKET
+            with self._lift():
+                return gaudi.step(self._forward, self._accepts, *places, cache, bucket=bucket)[:, -keep:]
         with self._lift():
             arguments = self._arguments(input_ids_BT, position_ids_BT, attention_mask_BS, cache, keep)
             logits_BTV: torch.Tensor = self._forward(**arguments).logits
-        return logits_BTV
+        return cuda.kept(logits_BTV) if self.options.graphs else logits_BTV
+
+    @property
+    def _on_gaudi(self) -> bool:
+        return self.options.device_type == gaudi.DEVICE
 
     def _arguments(
         self,
@@ -509,8 +598,64 @@ class HFEngine(Engine):
 
 def build(parsed: spec.Spec, *, model: str | None) -> HFEngine:
     """The engine of a SPEC; ``model`` is used where the spec names none."""
-    options = Options(**{"model": model, **spec.read_options(parsed, READERS)})
+    given = spec.read_options(parsed, READERS)
+    _refuse_pairs(parsed.text, given)
+    options = Options(**{"model": model, **_of_device(given), **given})
     return HFEngine(options, text=parsed.text)
+
+
+def _of_device(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a device sets where the spec does not."""
+    on_hpu = str(given.get("device", "")).partition(":")[0] == gaudi.DEVICE
+    return {"graphs": True, "bucket": gaudi.BUCKET} if on_hpu else {}
+
+
+def _refuse_pairs(text: str, given: Mapping[str, Any]) -> None:
+    """Refuse what cannot be together.
+
+    Raises:
+        UsageError: that says which keys.
+    """
+    kind = str(given.get("device", "cpu")).partition(":")[0]
+    has, rest = given.keys(), given.get("device_map")
+    problems = (
+        (
+            kind != "cuda" and has & {"tf32", "deterministic"},
+            "tf32 and deterministic are of device=cuda",
+            "Leave them out",
+        ),
+        (kind != gaudi.DEVICE and "bucket" in has, "bucket is of device=hpu", "Leave it out"),
+        (kind == "cpu" and given.get("graphs"), "graphs are of device=cuda and device=hpu", "Leave it out"),
+        (
+            kind == "cuda" and given.get("graphs") and not given.get("static_cache"),
+            "a CUDA graph replays one shape",
+            "Add static_cache=true",
+        ),
+        (given.get("graphs") and given.get("compile"), "graphs compile by themselves", "Leave compile out"),
+        (
+            kind == gaudi.DEVICE and has & {"compile", "static_cache", "chunk", "device_map"},
+            "on hpu shapes are static by themselves, without compile, static_cache, chunk and device_map",
+            "Leave them out",
+        ),
+        (kind == gaudi.DEVICE and given.get("dtype") == "float64", "HPUs have no float64", "Name another dtype"),
+        (
+            rest is not None and (given.get("compile") or given.get("graphs")),
+            "what accelerate brings in layer by layer is not compiled",
+            "Leave device_map, or compile and graphs, out",
+        ),
+        (
+            rest == "auto" and ("weights" in has or given.get("dtype") == "float64"),
+            "device_map=auto never has the whole model, which weights and dtype=float64 change",
+            "Write device_map=cpu-offload",
+        ),
+        (rest == "auto" and "device" in has, "device_map=auto chooses the devices itself", "Leave device out"),
+    )
+    for wrong, problem, fix in problems:
+        if wrong:
+            raise UsageError(f"{problem}, in the spec {text!r}", fix=fix)
+    if rest is not None and importlib.util.find_spec("accelerate") is None:
+        fix = "Install it: pip install 'golden-harness[ranks]'"
+        raise UsageError(f"device_map needs accelerate, in the spec {text!r}", fix=fix)
 
 
 def from_model(model: PreTrainedModel, *, text: str | None = None) -> HFEngine:
@@ -522,6 +667,13 @@ def _declared(options: Options, device: str | None) -> dict[str, Any]:
     """What the spec promises, in the words of `settings`."""
     declared: dict[str, Any] = {key: getattr(options, key) for key in ("dtype", "attn", "threads", "batch", "chunk")}
     declared["device"] = None if device is None else device.partition(":")[0]
+    if options.device_map == "auto":
+        declared["device"] = None
+    declared["device_map"] = options.device_map
+    if device is not None and options.device_type == "cuda":
+        declared |= {"tf32": options.tf32, "deterministic_algorithms": options.deterministic}
+    if options.graphs:
+        declared["graphs"] = True
     if options.weights in quantise.SCHEMES:
         declared["weights"] = options.weights
     if options.static_cache:
@@ -538,14 +690,6 @@ def _closed(**_arguments: Any) -> Any:
 # --- transformers, old and new -----------------------------------------------------------------
 
 
-def dtype_key() -> str:
-    """`dtype` since transformers 4.56, `torch_dtype` before."""
-    import transformers
-
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
-
-
 def _dynamic_cache(model: PreTrainedModel) -> Any:
     from transformers import DynamicCache
 
@@ -553,11 +697,12 @@ def _dynamic_cache(model: PreTrainedModel) -> Any:
     return DynamicCache(config=model.config) if takes_config else DynamicCache()
 
 
-def _static_cache(model: PreTrainedModel, batch: int, length: int) -> Any:
+def _static_cache(model: PreTrainedModel, device: str, batch: int, length: int) -> Any:
+    import torch
     from transformers import StaticCache
 
     known = inspect.signature(StaticCache.__init__).parameters
-    wanted: dict[str, Any] = {"max_batch_size": batch, "device": model.device, "dtype": model.dtype}
+    wanted: dict[str, Any] = {"max_batch_size": batch, "device": torch.device(device), "dtype": model.dtype}
     # transformers 4.55 hands on whatever it is given, and needs all of it.
     takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
     given = {key: value for key, value in wanted.items() if takes_any or key in known}

@@ -874,5 +874,5 @@ def test_a_static_cache_is_given_what_any_version_asks_for(models, monkeypatch):
     with opened("hf", str(models / "llama")) as engine:
         for kind in (Naming, Handing):
             monkeypatch.setattr(transformers, "StaticCache", kind)
-            hf._static_cache(engine.model, 2, 10)
+            hf._static_cache(engine.model, "cpu", 2, 10)
     assert seen == [{"dtype"}, {"dtype", "device", "max_batch_size"}]
