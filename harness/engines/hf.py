@@ -191,8 +191,10 @@ class HFEngine(Engine):
 
     def _prepare_device(self) -> None:
         """What must be so before a model is loaded for the device."""
+        import torch
+
         options = self.options
-        if options.device_type == "cuda":
+        if options.device_type == "cuda" or (options.device_map == "auto" and torch.cuda.is_available()):
             self._stack.enter_context(cuda.flags(tf32=options.tf32, deterministic=options.deterministic))
         if options.device_type == gaudi.DEVICE and self._given is None:
             gaudi.adapt()
