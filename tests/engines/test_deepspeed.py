@@ -92,6 +92,21 @@ def test_bloom_works_without_a_mask_and_fails_clearly_as_upstream_has_it(
 
 
 @needs_deepspeed
+def test_rotary_frequencies_that_deepspeed_rounds_are_found(goldens: Path) -> None:
+    """What bfloat16 hides shows in the widened copy, and is gone where the frequencies are float32 again.
+
+    Where the first half fails, DeepSpeed leaves them alone by now (docs/findings.md).
+    """
+    golden, spec = goldens / "llama-tiny" / "headline", f"{_TWO},dtype=bfloat16"
+    verdict = harness.check(golden, spec, quick=True)
+    assert verdict.status == "deviates", str(verdict)
+    assert "function wrong, precision ok" in str(verdict)
+    assert "first wrong: the input of model.layers.0.self_attn.o_proj, on every rank" in str(verdict)
+    verdict = harness.check(golden, f"{spec},prepare={_BREAKING}:exact_frequencies", quick=True)
+    assert verdict.ok, str(verdict)
+
+
+@needs_deepspeed
 def test_an_all_reduce_that_takes_too_long_to_compile_ends(
     goldens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

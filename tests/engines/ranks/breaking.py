@@ -26,6 +26,13 @@ def no_mask_where_it_is_all_ones(rank):
     rank.model.register_forward_pre_hook(drop, with_kwargs=True)
 
 
+def exact_frequencies(rank):
+    """Rotary frequencies in float32, as transformers keeps them, also where DeepSpeed has rounded them."""
+    for module in rank.model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.inv_freq = type(module)(config=rank.model.config).inv_freq
+
+
 def bloom_as_deepspeed_has_it(rank):
     """The same, without the hooks of ours that make BLOOM work so."""
     for block in rank.model.transformer.h:
