@@ -73,10 +73,10 @@ SHORTER = (
 )
 #: Commands that only a clone of its own can show, or that something else runs as well, each with what runs it.
 ELSEWHERE = {
-    "python benchmarks/scale.py blocks --layers 4 --prompts 8 --tokens 8 --repeats 1": (
-        "by nobody: it takes 27 GB of disk and 12 GB of memory"
+    "python benchmarks/scale.py blocks --prompts 8 --tokens 8 --repeats 1": (
+        "by nobody: it takes 22 GB of disk and 12 GB of memory"
     ),
-    "python benchmarks/scale.py blocks --layers 4 --prompts 24 --tokens 16 --repeats 1": "by nobody, as the one above",
+    "python benchmarks/scale.py blocks --prompts 24 --tokens 16 --repeats 1": "by nobody, as the one above",
     "python benchmarks/scale.py verdicts": "by nobody: minutes, and tests/engines/streaming/ has the verdicts",
     "python benchmarks/scale.py record": "by nobody: minutes, and tests/flow/test_speculating.py has the drafts",
     "harness power --names --nulls 3000 --jobs 2": "by tests/power/test_naming.py, on one host",
