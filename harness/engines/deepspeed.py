@@ -157,6 +157,4 @@ def _refuse_pairs(text: str, given: Mapping[str, Any]) -> None:
         ),
         (bool(given.get("kernels")) and "zero" in given, "kernels and zero exclude each other", "Keep one of them"),
     )
-    for wrong, problem, fix in problems:
-        if wrong:
-            raise UsageError(f"{problem}, in the spec {text!r}", fix=fix)
+    spec.refuse_pairs(text, problems)

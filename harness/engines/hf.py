@@ -652,9 +652,7 @@ def _refuse_pairs(text: str, given: Mapping[str, Any]) -> None:
         ),
         (rest == "auto" and "device" in has, "device_map=auto chooses the devices itself", "Leave device out"),
     )
-    for wrong, problem, fix in problems:
-        if wrong:
-            raise UsageError(f"{problem}, in the spec {text!r}", fix=fix)
+    spec.refuse_pairs(text, problems)
     if rest is not None and importlib.util.find_spec("accelerate") is None:
         fix = "Install it: pip install 'golden-harness[ranks]'"
         raise UsageError(f"device_map needs accelerate, in the spec {text!r}", fix=fix)

@@ -89,6 +89,17 @@ def read_options(spec: Spec, readers: Mapping[str, Callable[[str], Any]]) -> dic
     return values
 
 
+def refuse_pairs(text: str, problems: Iterable[tuple[Any, str, str]]) -> None:
+    """Refuse the first of (whether it is so, what is wrong, how to fix it) that is so.
+
+    Raises:
+        UsageError: that says what in the spec ``text`` cannot be together.
+    """
+    for wrong, problem, fix in problems:
+        if wrong:
+            raise UsageError(f"{problem}, in the spec {text!r}", fix=fix)
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """'Did you mean ...?' and the list of what there is."""
     choices = sorted(known)
