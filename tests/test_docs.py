@@ -57,6 +57,7 @@ SHORTER = (
     ("max_new_tokens = 8\n", "max_new_tokens = 2\n"),
     ("benchmarks/updates.py", "benchmarks/updates.py --golden golden/llama-tiny/headline"),
     ("benchmarks/cost.py", "benchmarks/cost.py --repeats 1"),
+    ("benchmarks/ladder.py --write docs/ladder.md", "benchmarks/ladder.py --model bloom-tiny --batch 1 --quick"),
     ("golden/llama-tiny/core --base", "golden/llama-tiny/headline --base"),
     ("golden/llama-tiny/core -c 'py:fused_llama", "golden/llama-tiny/headline -c 'py:fused_llama"),
     ("--require-speedup 1.05", "--require-speedup 1.05 --batch 1 --new-tokens 4"),

@@ -31,6 +31,9 @@ _MODES = "--nulls, --names, --spreads, --summary, --list, --ranks, --locate and 
 @click.option("--groups", type=click.IntRange(min=1), metavar="G", help="Groups of prompts a model.")
 @click.option("--only", metavar="ID,...", help="These bugs, controls and correct implementations alone.")
 @click.option("--host", "hosts", metavar="NAME,...", help="These models alone.")
+@click.option(
+    "--port", metavar="SPEC", help="Put the bugs into this engine in place of transformers, e.g. bloom:rungs=all."
+)
 @click.option("--quick", is_flag=True, help="On a few short prompts, those that show in logits alone.")
 @click.option("--as-reported", is_flag=True, help="Leave out the weaker strengths of bugs.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Detection against S/N in bfloat16, as .svg or .png.")
@@ -52,6 +55,7 @@ def power(
     groups: int | None,
     only: str | None,
     hosts: str | None,
+    port: str | None,
     quick: bool,
     as_reported: bool,
     plot_file: str | None,
@@ -70,6 +74,7 @@ def power(
     harness power --names --nulls 3000 --jobs 2    which bugs --diagnose names, and names where there is none
     harness power --ranks                          bugs of sharding in real ranks of tp and pp
     harness power --locate --host llama-tiny       bugs and correct implementations, replayed module by module
+    harness power --port bloom:rungs=all --work .power-port    bugs in an optimized port; with --locate, where
     harness power --spreads --groups 2             how far these scatter
     harness power --model DIR --suite FILE         which bugs a check of your model on your suite sees
 
@@ -88,6 +93,8 @@ def power(
         as_reported or plot_file or ((only or hosts) and not (names or ranks or placing)) or (quick and not names)
     ):
         raise UsageError("--only, --host, --quick, --as-reported and --plot are of the bugs", fix=f"Leave out {_MODES}")
+    if port is not None and not (table or placing):
+        raise UsageError("--port is of the bugs and of --locate", fix="Leave out --port, or the other mode")
     if (summary or ranks or placing or listed) and (shard or minutes or jobs):
         raise UsageError("--shard, --jobs and --minutes are of a run", fix="Give them with --nulls or --spreads")
     if shard and jobs:
@@ -122,7 +129,7 @@ def power(
 
         return check_ranks(_split(only), _split(hosts), json_file)
     elif placing:
-        _place_bugs(_split(only), _split(hosts), work)
+        _place_bugs(_split(only), _split(hosts), work, port)
     elif listed:
         _list_all()
     elif groups is not None and spreads:
@@ -132,20 +139,22 @@ def power(
 
         name_bugs(nulls, _split(only), _split(hosts), part, again, json_file, quick=quick, alone=shard is not None)
     elif table:
-        asked = _Asked(groups or 1, _split(only), _split(hosts), quick, as_reported)
+        asked = _Asked(groups or 1, _split(only), _split(hosts), port, quick, as_reported)
         _find_bugs(asked, plot_file, part, again, json_file, shard)
     else:
         _count_alarms(nulls, part, again, json_file)
     return 0
 
 
-def _place_bugs(only: Sequence[str] | None, places: Sequence[str] | None, work: Path) -> None:
-    from harness.mutations import hosts as known
+def _place_bugs(only: Sequence[str] | None, places: Sequence[str] | None, work: Path, port: str | None) -> None:
+    from harness.power.opening import TRANSFORMERS
     from harness.power.placing import kept, place
     from harness.power.placing_table import placed_to_text
+    from harness.power.trials import hosts_of
 
+    port = port or TRANSFORMERS
     with progress_line() as progress:
-        place(places or known.NAMES, work, Path("golden"), progress, only)
+        place(places or hosts_of(port), work, Path("golden"), progress, only, port)
     click.echo(placed_to_text(kept(work)))
 
 
@@ -201,6 +210,7 @@ class _Asked:
     groups: int
     only: list[str] | None
     hosts: list[str] | None
+    port: str | None
     quick: bool
     as_reported: bool
 
@@ -209,6 +219,7 @@ class _Asked:
         words = ["--groups", str(self.groups)]
         for name, values in (("--only", self.only), ("--host", self.hosts)):
             words += [] if values is None else [name, ",".join(values)]
+        words += [] if self.port is None else ["--port", self.port]
         return words + ["--quick"] * self.quick + ["--as-reported"] * self.as_reported
 
 
@@ -223,10 +234,12 @@ def _find_bugs(
     """Run what is missing, and print what all of it adds up to; a part of a run prints nothing."""
     from harness.power import rendering, trials
     from harness.power.detection import tables
+    from harness.power.opening import TRANSFORMERS
     from harness.power.plot import write_plot
 
+    port = asked.port or TRANSFORMERS
     blanks = trials.planned(
-        asked.groups, names=asked.only, places=asked.hosts, sweeps=not asked.as_reported, quick=asked.quick
+        asked.groups, names=asked.only, places=asked.hosts, sweeps=not asked.as_reported, quick=asked.quick, port=port
     )
     keys = {blank.key for blank in blanks}
 
@@ -237,7 +250,7 @@ def _find_bugs(
         again.run("bugs", asked.words(), lambda: len(done()), len(blanks))
     else:
         with progress_bar("bugs") as progress:
-            trials.run_trials(blanks, again.work, progress, part, minutes=again.minutes)
+            trials.run_trials(blanks, again.work, progress, part, minutes=again.minutes, port=port)
     if shard:
         return
     found = done()

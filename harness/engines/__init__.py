@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from harness.engines import deepspeed, hf, target
+from harness.engines import bloom, deepspeed, hf, target
 from harness.engines.base import Engine
 from harness.engines.ranks import engine as ranks
 from harness.engines.spec import Spec, parse_spec, suggest
@@ -40,6 +40,11 @@ ENGINES: Mapping[str, Entry] = {
         build=target.build,
         summary="a port of yours: whatever a function of a Python module returns, py:MODULE:FUNCTION",
         packages=("torch",),
+    ),
+    "bloom": Entry(
+        build=bloom.build,
+        summary="this project's optimized BLOOM, rung by rung: bloom:rungs=alibi+layout, or all of them",
+        packages=("torch", "transformers", "safetensors"),
     ),
     "tp": Entry(
         build=ranks.build,

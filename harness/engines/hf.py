@@ -503,11 +503,15 @@ class HFEngine(Engine):
         if live.dtype != torch.float64:
             dtype = "float32"
             live, options = modules.recast(live, torch.float32), replace(options, dtype=dtype)
-        wide = HFEngine(options, text=f"{self.spec} (upcast to {dtype})", model=live)
+        wide = self._like(options, f"{self.spec} (upcast to {dtype})", live)
         wide.declared = {**self.declared, **wide.declared}
         wide._weights, wide._missing, wide._identity = self._weights, self._missing, self.identity
         wide._tokenizer = self.tokenizer
         return wide
+
+    def _like(self, options: Options, text: str, model: PreTrainedModel) -> HFEngine:
+        """An engine of this kind around a live model."""
+        return HFEngine(options, text=text, model=model)
 
     def narrow_operation(self) -> str:
         from harness.engines import float64
@@ -740,13 +744,17 @@ def native_dtype(config: Any) -> str:
 
 def stop_ids_in(source: str) -> frozenset[int]:
     """The end-of-sequence ids that a model directory names, as `HFEngine.stop_ids`."""
+    return _stop_ids(load_config(source).get_text_config(), load_generation_config(source))
+
+
+def load_generation_config(source: str) -> Any:
+    """The generation config of a model directory, None where it has none."""
     from transformers import GenerationConfig
 
-    generation = None
-    if (Path(source) / "generation_config.json").is_file():
-        with model_errors(source):
-            generation = GenerationConfig.from_pretrained(source)
-    return _stop_ids(load_config(source).get_text_config(), generation)
+    if not (Path(source) / "generation_config.json").is_file():
+        return None
+    with model_errors(source):
+        return GenerationConfig.from_pretrained(source)
 
 
 def _stop_ids(*configs: Any) -> frozenset[int]:

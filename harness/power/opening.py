@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.engines import hf
+from harness.engines import bloom, hf
 from harness.engines.base import Engine
 from harness.engines.spec import parse_spec
-from harness.errors import EngineError
+from harness.errors import EngineError, UsageError
 from harness.mutations.benign import Family
 from harness.mutations.mutation import patched
 from harness.numerics.sketch import Sketcher
@@ -203,6 +203,38 @@ def part_missing(error: LookupError) -> str:
     if type(error) is not LookupError:
         raise error
     return str(error)
+
+
+#: What bugs are put into where nothing else is said: transformers' model.
+TRANSFORMERS = "hf"
+
+
+def open_spec(port: str, precision: str, options: Mapping[str, str | int | bool], model: Path) -> hf.HFEngine:
+    """The engine, closed, that a bug is put into.
+
+    Args:
+        port: the SPEC of an engine that shows a live model with the names of transformers' modules: "hf", or
+            "bloom:rungs=all".
+        precision: that it computes in.
+        options: keys that the bug needs.
+        model: its directory.
+
+    Raises:
+        LookupError: where the engine lacks one of these keys.
+        UsageError: for a SPEC of another engine.
+    """
+    given = parse_spec(port)
+    builders = {"hf": (hf.build, hf.READERS), "bloom": (bloom.build, bloom.READERS)}
+    if given.engine not in builders:
+        raise UsageError(f"bugs cannot be put into {port!r}", fix=f"Name one of {', '.join(builders)}")
+    build, readers = builders[given.engine]
+    if missing := [key for key in options if key not in readers]:
+        raise LookupError(f"the engine {given.engine} has no {', '.join(missing)}")
+    own = dict(given.options)
+    if given.engine == "bloom":
+        own["rungs"] = bloom.rungs_in(own.get("rungs", "all"), precision)
+    text = spec_text({**own, **options, "dtype": precision})
+    return build(parse_spec(text.replace("hf", given.engine, 1)), model=str(model))
 
 
 def spec_text(options: Mapping[str, str | int | bool]) -> str:

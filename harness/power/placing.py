@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engines import hf
-from harness.engines.spec import parse_spec
 from harness.mutations import hosts
 from harness.mutations.benign import FAMILIES, Family
 from harness.mutations.catalogue import CATALOGUE
 from harness.mutations.mutation import Mutation
 from harness.mutations.stopping import CORRECT
-from harness.power.opening import part_missing, spec_text
+from harness.power.opening import TRANSFORMERS, open_spec, part_missing
 from harness.power.trial import QUICK
 from harness.power.trials import PRECISIONS, suite_for
 from harness.scorer import open_reference
@@ -122,7 +121,12 @@ def _is_single(submodules: Sequence[str]) -> bool:
 
 
 def place(
-    places: Sequence[str], work: Path, goldens: Path, progress: Progress, names: Sequence[str] | None = None
+    places: Sequence[str],
+    work: Path,
+    goldens: Path,
+    progress: Progress,
+    names: Sequence[str] | None = None,
+    port: str = TRANSFORMERS,
 ) -> None:
     """Every bug and family on some hosts, added to the file of each host in ``work``.
 
@@ -132,20 +136,21 @@ def place(
         goldens: where the models that are shipped lie.
         progress: called before each.
         names: these alone.
+        port: SPEC of what the bugs are put into, as `opening.open_spec` takes it; then without families.
     """
     for host in places:
         done = {(one.name, one.precision) for one in kept(work) if one.host == host}
-        with _Host(host, work, goldens) as stage:
+        with _Host(host, work, goldens, port) as stage:
             for precision in PRECISIONS:
-                for one in _asked(host, names):
+                for one in _asked(host, names, families=port == TRANSFORMERS):
                     if (one.name if isinstance(one, Family) else one.id, precision) in done:
                         continue
                     progress(f"{host} {precision}: {one.name if isinstance(one, Family) else one.id}")
                     _append(work, host, stage.placed(one, precision))
 
 
-def _asked(host: str, names: Sequence[str] | None) -> Iterator[Mutation | Family]:
-    for family in FAMILIES.values():
+def _asked(host: str, names: Sequence[str] | None, *, families: bool) -> Iterator[Mutation | Family]:
+    for family in FAMILIES.values() if families else ():
         if set(family.options) <= _DRIVEN and (names is None or family.name in names):
             yield family
     for one in CATALOGUE.values():
@@ -157,8 +162,8 @@ def _asked(host: str, names: Sequence[str] | None) -> Iterator[Mutation | Family
 class _Host:
     """One host with what is open of it: engines by precision and options, and yardsticks."""
 
-    def __init__(self, name: str, work: Path, goldens: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, work: Path, goldens: Path, port: str) -> None:
+        self.name, self._port = name, port
         self._model = hosts.model_directory(name, goldens=goldens, scratch=work / "hosts")
         self._stack = ExitStack()
         self._texts: list[tuple[int, ...]] = []
@@ -175,18 +180,21 @@ class _Host:
     def texts(self) -> list[tuple[int, ...]]:
         """A few short prompts of the host, with what it says to them."""
         if not self._texts:
-            engine = self.engine("float32", ())
+            engine = self.engine("float32", (), TRANSFORMERS)
             requests = engine.resolve(suite_for(self.name, engine.context, QUICK))
             said = engine.generate(requests, batch_size=None, stop_ids=frozenset())
             self._texts = [(*one.prompt_ids, *other.tokens) for one, other in zip(requests, said, strict=True)]
         return self._texts
 
-    def engine(self, precision: str, options: tuple[tuple[str, Any], ...]) -> hf.HFEngine:
-        """An open engine of the host."""
-        key = (precision, options)
+    def engine(self, precision: str, options: tuple[tuple[str, Any], ...], port: str) -> hf.HFEngine:
+        """An open engine of the host.
+
+        Raises:
+            LookupError: where the port lacks one of the options.
+        """
+        key = (precision, options, port)
         if key not in self._engines:
-            text = spec_text({**dict(options), "dtype": precision})
-            self._engines[key] = self._stack.enter_context(hf.build(parse_spec(text), model=str(self._model)))
+            self._engines[key] = self._stack.enter_context(open_spec(port, precision, dict(options), self._model))
         return self._engines[key]
 
     def yardstick(self, precision: str, engine: hf.HFEngine) -> Yardstick:
@@ -200,7 +208,7 @@ class _Host:
             with open_reference(str(self._model), "float64", weights=precision) as exact:
                 self._yardsticks[key] = yardstick(
                     exact,
-                    self.engine(precision, ()),
+                    self.engine(precision, (), TRANSFORMERS),
                     presentations(self.texts, exact.model.config),
                     submodules(exact.model),
                     driven_as(engine),
@@ -213,15 +221,18 @@ class _Host:
         from harness.engines.hooks import block_names
 
         options = one.options if isinstance(one, Mutation) else tuple(one.options.items())
-        engine = self.engine(precision, tuple(options))
-        by = self.yardstick(precision, engine)
         blank = Placed(
             kind="benign" if isinstance(one, Family) else "control" if one.harmless else "bug",
             name=one.name if isinstance(one, Family) else one.id,
             host=self.name,
             precision=precision,
-            modules=len(by.names),
         )
+        try:
+            engine = self.engine(precision, tuple(options), self._port)
+        except LookupError as error:
+            return replace(blank, reason=part_missing(error))
+        by = self.yardstick(precision, engine)
+        blank = replace(blank, modules=len(by.names))
         blocks, before = block_names(engine.model), state_of(engine.model)
         try:
             with one.applied(engine.model) if isinstance(one, Family) else one.applied(engine):

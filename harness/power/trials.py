@@ -22,7 +22,6 @@ from harness import flow
 from harness.comparison import compare, diverged
 from harness.criteria import CRITERIA, Case, Side, scores
 from harness.engines import hf
-from harness.engines.spec import parse_spec
 from harness.errors import StaleError, UsageError
 from harness.flow.checking import scoring
 from harness.mutations import hosts
@@ -38,7 +37,7 @@ from harness.power import ledger
 from harness.power.drawn import CHARACTERS_A_TOKEN, TRIALS, generate_suite, recorded
 from harness.power.ledger import SKIPPED, WHOLE, Late, Progress, Report, Shard, rule_version
 from harness.power.nulls import finding_words, floors
-from harness.power.opening import Call, Kept, opened, part_missing, spec_text
+from harness.power.opening import TRANSFORMERS, Call, Kept, open_spec, opened, part_missing
 from harness.power.trial import ENDS, QUICK, Trial, parse_trial
 from harness.scorer import teacher_forced
 from harness.values import Finding, Generation, Golden, Pass, Run, Scoring, Status, Suite, Trace
@@ -72,6 +71,7 @@ def planned(
     places: Iterable[str] | None = None,
     sweeps: bool = True,
     quick: bool = False,
+    port: str = TRANSFORMERS,
 ) -> list[Trial]:
     """Blank trials, host by host, so that engines are opened once.
 
@@ -81,13 +81,14 @@ def planned(
         places: hosts, all by default.
         sweeps: also the weaker strengths of a bug.
         quick: on a few short prompts, those that show in logits alone.
+        port: SPEC of what the bugs are put into; families are of transformers' models alone.
 
     Raises:
         UsageError: for a name or a host that there is not, or that have nothing in common.
     """
-    blanks = [*_of_catalogue(sweeps), *_of_families()]
+    blanks = [*_of_catalogue(sweeps), *(_of_families() if port == TRANSFORMERS else ())]
     chosen = known(names, [*CATALOGUE, *FAMILIES], "bug, control or correct implementation", "harness power --list")
-    where = known(places, hosts.NAMES, "host", ", ".join(hosts.NAMES))
+    where = known(places, hosts_of(port), "host", ", ".join(hosts_of(port)))
     asked = [
         blank if blank.group == ENDS else replace(blank, group=QUICK if quick else group)
         for host in hosts.NAMES
@@ -99,6 +100,13 @@ def planned(
     if not asked:
         raise UsageError("none of these is put into any of these hosts", fix="Name other hosts, or leave them out")
     return asked
+
+
+def hosts_of(port: str) -> tuple[str, ...]:
+    """The hosts that a port can run."""
+    return tuple(
+        one for one in hosts.NAMES if port == TRANSFORMERS or hosts.model_type_of(one) == port.partition(":")[0]
+    )
 
 
 def known(names: Iterable[str] | None, there: Collection[str], what: str, where: str) -> frozenset[str]:
@@ -149,6 +157,7 @@ def run_trials(
     *,
     goldens: Path = Path("golden"),
     minutes: float | None = None,
+    port: str = TRANSFORMERS,
 ) -> None:
     """The trials of one shard, added to those in ``work``.
 
@@ -159,6 +168,7 @@ def run_trials(
         shard: (index, number) of this process among several that share the work.
         goldens: where the models that are shipped lie.
         minutes: time after which none is begun.
+        port: SPEC of what the bugs are put into, as `opening.open_spec` takes it.
     """
     index, number = shard
     # What differs in precision alone stays together: the float64 run serves both.
@@ -166,7 +176,7 @@ def run_trials(
     mine = [blank for members in together[index::number] for blank in members]
 
     def perform(missing: Sequence[Trial], report: Report, late: Late) -> Generator[Trial, None, None]:
-        return _performed(missing, work, goldens, report, late)
+        return _performed(missing, work, goldens, port, report, late)
 
     ledger.run(mine, work, TRIALS.name, parse_trial, perform, progress, shard, minutes)
 
@@ -185,9 +195,9 @@ def _implementation(trial: Trial) -> tuple[str, str, str, float, int]:
 
 
 def _performed(
-    missing: Sequence[Trial], work: Path, goldens: Path, report: Report, late: Late
+    missing: Sequence[Trial], work: Path, goldens: Path, port: str, report: Report, late: Late
 ) -> Generator[Trial, None, None]:
-    with _Stage(work, goldens, report) as stage:
+    with _Stage(work, goldens, report, port) as stage:
         for key, members in itertools.groupby(missing, key=_implementation):
             blanks = list(members)
             if late():
@@ -211,8 +221,8 @@ class _Seen:
 class _Stage:
     """Hosts with their goldens, engines and references, each made once; those of the last host are let go."""
 
-    def __init__(self, work: Path, goldens: Path, report: Report) -> None:
-        self._work, self._goldens, self._report = work, goldens, report
+    def __init__(self, work: Path, goldens: Path, report: Report, port: str) -> None:
+        self._work, self._goldens, self._report, self._port = work, goldens, report, port
         self._host = ""
         self._stack = ExitStack()
         self._engines: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[hf.HFEngine, Kept]] = {}
@@ -254,9 +264,8 @@ class _Stage:
         model = self.enter(host)
         key = (precision, options)
         if key not in self._engines:
-            text = spec_text({**dict(options), "dtype": precision})
-            engine = self._stack.enter_context(hf.build(parse_spec(text), model=str(model)))
-            self._engines[key] = (engine, Kept(engine, spec=text))
+            engine = self._stack.enter_context(open_spec(self._port, precision, dict(options), model))
+            self._engines[key] = (engine, Kept(engine, spec=engine.spec))
         return self._engines[key]
 
     def reference(self, host: str, precision: str, group: int) -> _Seen:
