@@ -151,7 +151,7 @@ def _large(work: Path) -> Case:
     if not golden.is_dir():
         _say("recording it")
         suite.write_text(SUITE + "".join(_prompts()), encoding="utf-8")
-        record(model, suite, out=golden, precisions=("bfloat16",))
+        record(model, suite, out=golden, precisions=("float32", "bfloat16"))
     threads = torch.get_num_threads()
     return Case(
         name="bloom-560m's shape", golden=golden, model=model, dtype="bfloat16", threads=threads, prompt=16, steps=1

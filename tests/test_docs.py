@@ -52,6 +52,10 @@ SHORTER = (
     ("null_simulation.py --draws 20000", "null_simulation.py --draws 20 --processes 1"),
     ("test_null.py -s -q", "test_null.py -s -q -k shared_error"),
     ("harness power --ranks", "harness power --ranks --only tp-shard-0-layer --host gpt2-tiny"),
+    (
+        "--locate --port bloom:rungs=all --work .power-port",
+        "--locate --port bloom:rungs=all --host bloom-tiny --only x-row-scaled",
+    ),
     ("power --jobs 2", "power --jobs 2 --quick --only wc-eps,plain --host llama-tiny"),
     ("harness power --model golden/bloom-tiny/model", "harness power --model golden/gpt2-tiny/model"),
     ("max_new_tokens = 8\n", "max_new_tokens = 2\n"),
@@ -96,6 +100,15 @@ ELSEWHERE = {
     "harness check golden/bloom-tiny/core --matrix": "by tests/flow/test_matrix.py",
     "harness gate golden/llama-tiny/core --base hf:dtype=float32,attn=eager --candidate hf:dtype=float32,attn=sdpa "
     "--max-slowdown 1.5 --quick": "by tests/flow/test_gating.py",
+    "harness gate golden/bloom-tiny/core --base $base --candidate $candidate --max-slowdown 1.1 --batch 1 "
+    "--new-tokens 8 --quick": (
+        "by nobody: minutes each; tests/engines/test_bloom.py has the verdicts, and tests/flow/test_gating.py gates"
+    ),
+    "harness gate golden/bloom-tiny/headline "
+    "--base bloom:rungs=alibi+layout+gelu+softmax+matvec,dtype=bfloat16,threads=1 --candidate "
+    "bloom:tp=2,dtype=bfloat16,threads=1 --max-slowdown 1.1 --batch 1 --new-tokens 8 --prompt-tokens 32 "
+    "--rounds 8 --quick || test $? = 1": "by nobody: it takes minutes, and tests/engines/ranks/ has the verdict",
+    "harness power --port bloom:rungs=all --work .power-port --as-reported": "by nobody: LONG",
     "python benchmarks/gate_trials.py --runs 20": "by nobody: it takes an hour and a half",
     "harness gate ../golden/bloom-tiny/core --base-rev HEAD --candidate py:my_port:build --max-slowdown 1.5 --quick": (
         "by tests/flow/test_gating.py"

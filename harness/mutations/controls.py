@@ -114,7 +114,7 @@ def _bloom_by_layer(
     if layer_past is not None:
         key_BHSD, value_BHSD = layer_past.update(key_BHSD, value_BHSD, module.layer_idx)
     number = module.layer_idx + 1
-    scores = alibi.baddbmm(
+    scores = alibi.to(query_BHTD.dtype).baddbmm(
         query_BHTD.flatten(0, 1),
         key_BHSD.flatten(0, 1).transpose(-1, -2),
         beta=1 / number,

@@ -234,7 +234,12 @@ def open_spec(port: str, precision: str, options: Mapping[str, str | int | bool]
     if given.engine == "bloom":
         own["rungs"] = bloom.rungs_in(own.get("rungs", "all"), precision)
     text = spec_text({**own, **options, "dtype": precision})
-    return build(parse_spec(text.replace("hf", given.engine, 1)), model=str(model))
+    engine = build(parse_spec(text.replace("hf", given.engine, 1)), model=str(model))
+    if not isinstance(engine, hf.HFEngine):
+        raise UsageError(
+            f"bugs cannot be put into the ranks of {port!r}", fix="Leave tp out; see harness power --ranks"
+        )
+    return engine
 
 
 def spec_text(options: Mapping[str, str | int | bool]) -> str:

@@ -162,7 +162,7 @@ def _asked(host: str, names: Sequence[str] | None, *, families: bool) -> Iterato
 class _Host:
     """One host with what is open of it: engines by precision and options, and yardsticks."""
 
-    def __init__(self, name: str, work: Path, goldens: Path, port: str) -> None:
+    def __init__(self, name: str, work: Path, goldens: Path, port: str = TRANSFORMERS) -> None:
         self.name, self._port = name, port
         self._model = hosts.model_directory(name, goldens=goldens, scratch=work / "hosts")
         self._stack = ExitStack()

@@ -221,7 +221,7 @@ class _Seen:
 class _Stage:
     """Hosts with their goldens, engines and references, each made once; those of the last host are let go."""
 
-    def __init__(self, work: Path, goldens: Path, report: Report, port: str) -> None:
+    def __init__(self, work: Path, goldens: Path, report: Report, port: str = TRANSFORMERS) -> None:
         self._work, self._goldens, self._report, self._port = work, goldens, report, port
         self._host = ""
         self._stack = ExitStack()

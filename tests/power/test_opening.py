@@ -14,12 +14,12 @@ import torch
 from harness import flow
 from harness.engines import hf
 from harness.engines.spec import parse_spec
-from harness.errors import EngineError
+from harness.errors import EngineError, UsageError
 from harness.mutations.benign import FAMILIES
 from harness.numerics.constants import TOP
 from harness.numerics.sketch import Sketcher
 from harness.power import drawn
-from harness.power.opening import Kept, opened, spec_text
+from harness.power.opening import Kept, open_spec, opened, spec_text
 from harness.values import Request
 from tests.engines.recorder import largest_difference, recorded
 
@@ -338,3 +338,26 @@ def test_an_engine_of_another_kind_is_kept_as_it_is():
     with keeper.recording() as calls:
         assert keeper.generate([1, 2], batch_size=3, stop_ids=frozenset({4})) == [3, frozenset({4}), 1, 2]
     assert calls == []
+
+
+def test_a_port_is_opened_in_place_of_transformers(goldens):
+    """The SPEC keeps its rungs but for the kernels that a precision has not, and takes a bug's options."""
+    model = goldens / "bloom-tiny" / "model"
+    assert open_spec("hf", "float32", {}, model).spec == "hf:dtype=float32"
+    narrow = open_spec("bloom:rungs=alibi+matvec", "bfloat16", {"chunk": "16"}, model)
+    assert narrow.spec == "bloom:rungs=alibi+matvec,chunk=16,dtype=bfloat16"
+    assert open_spec("bloom:rungs=all", "float64", {}, model).spec == (
+        "bloom:rungs=alibi+layout+gelu+softmax,dtype=float64"
+    )
+
+
+def test_what_a_port_lacks_is_said(goldens):
+    """A bug of a key that the engine has not does not fit, which is no failure of the bench."""
+    with pytest.raises(LookupError, match="static_cache"):
+        open_spec("bloom:rungs=all", "float32", {"static_cache": "true"}, goldens / "bloom-tiny" / "model")
+
+
+def test_bugs_go_into_engines_with_a_live_model_alone(goldens):
+    """Another engine is refused, with those that there are."""
+    with pytest.raises(UsageError, match="tp:size=2"):
+        open_spec("tp:size=2", "float32", {}, goldens / "bloom-tiny" / "model")

@@ -200,7 +200,7 @@ def summed_layers(model: PreTrainedModel, styles: frozenset[str] = SUMMED) -> fr
     """
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or _OURS.get(model.config.model_type) or {}
     kinds = {kind for kind, style in plan.items() if style in styles}
-    return frozenset(name for name, _ in model.named_modules() if re.sub(r"\.\d+(?=\.|$)", ".*", name) in kinds)
+    return frozenset(name for name, _ in model.named_modules() if _pattern(name) in kinds)
 
 
 def style_of(model: PreTrainedModel, parameter: str) -> str | None:
@@ -209,6 +209,20 @@ def style_of(model: PreTrainedModel, parameter: str) -> str | None:
 
     style: str | None = _get_parameter_plan(parameter, model.tp_plan, is_weight=True)
     return style
+
+
+def planned_style(kind: str, parameter: str) -> str | None:
+    """The style that this project's plan for a model type has for a parameter; None where it is whole.
+
+    Raises:
+        KeyError: for a model type without one.
+    """
+    return _OURS[kind].get(_pattern(parameter.rpartition(".")[0]))
+
+
+def _pattern(module: str) -> str:
+    """A module's name as plans have it: any block for its number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", module)
 
 
 def cut_of(style: str, parameter: str, ndim: int = 2) -> Cut | None:

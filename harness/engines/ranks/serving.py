@@ -138,12 +138,8 @@ class Server:
 
     def open(self, setup: Setup) -> Mapping[str, Any]:
         """Load this rank's part; shows its settings."""
-        from harness.engines.ranks.deepspeed_rank import DeepSpeedRank
-        from harness.engines.ranks.rank import RankEngine
-
         self.close()
-        layout, how = setup.layout, setup.deepspeed
-        make = RankEngine if how is None else partial(DeepSpeedRank, how=how)
+        layout, make = setup.layout, _kind_of(setup)
         engine = make(
             setup.options,
             text=setup.text,
@@ -216,6 +212,18 @@ _REQUESTS: Mapping[str, Callable[..., Any]] = {
     "probe": Server.probe,
     "score": Server.score,
 }
+
+
+def _kind_of(setup: Setup) -> Callable[..., RankEngine]:
+    """What makes the part of a rank: of transformers' model, of DeepSpeed's, of this project's BLOOM."""
+    from harness.engines import bloom
+    from harness.engines.ranks.bloom_rank import BloomRank
+    from harness.engines.ranks.deepspeed_rank import DeepSpeedRank
+    from harness.engines.ranks.rank import RankEngine
+
+    if isinstance(setup.options, bloom.Options):
+        return BloomRank
+    return RankEngine if setup.deepspeed is None else partial(DeepSpeedRank, how=setup.deepspeed)
 
 
 def _function(target: str) -> Callable[..., Any]:

@@ -24,10 +24,12 @@ from harness.models.ports.ladder import kernels
 from harness.models.ports.ladder.cache import Cache
 from harness.models.ports.ladder.memory import into_one_block
 from harness.models.ports.ladder.rungs import OWN, RUNGS
+from harness.models.ports.ladder.sharded import Shard, SplitEmbedding, add_up, side_by_side
 
 if TYPE_CHECKING:
     from harness.models.ports.ladder.step import Step
 
+_WHOLE = Shard()
 #: BLOOM's root of 2 / pi.
 _ROOT = 0.79788456
 
@@ -51,18 +53,21 @@ class Bloom(nn.Module):
         config: of transformers, or anything with its entries.
         rungs: which optimizations are switched on.
         weights: tensors by transformers' names; the head is the embedding where it has none of its own.
+        shard: whose weights these are, where the model is shared out.
     """
 
     base_model_prefix = "transformer"
 
-    def __init__(self, config: Any, rungs: frozenset[str], weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, config: Any, rungs: frozenset[str], weights: Mapping[str, Tensor], shard: Shard = _WHOLE
+    ) -> None:
         super().__init__()
         self.config, self.rungs = config, rungs
         self.generation_config: Any = None
         shape = weights["transformer.word_embeddings.weight"].shape
         with torch.device("meta"):
-            self.transformer = Transformer(config, rungs, shape[0])
-            self.lm_head = Linear(shape[1], shape[0], bias=False, own="matvec" in rungs)
+            self.transformer = Transformer(config, rungs, shape[0], shard)
+            self.lm_head = Head(shape[1], shape[0], config.vocab_size, shard, own="matvec" in rungs)
         tied = config.tie_word_embeddings or "lm_head.weight" not in weights
         given = {**weights, **({"lm_head.weight": weights["transformer.word_embeddings.weight"]} if tied else {})}
         self.load_state_dict(given, strict=True, assign=True)
@@ -73,6 +78,11 @@ class Bloom(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self._step: Step | None = None
+
+    @property
+    def base_model(self) -> Transformer:
+        """All but the head, as transformers calls it."""
+        return self.transformer
 
     @property
     def device(self) -> torch.device:
@@ -134,15 +144,21 @@ class Bloom(nn.Module):
 class Transformer(nn.Module):
     """All but the head."""
 
-    def __init__(self, config: Any, rungs: frozenset[str], vocabulary: int) -> None:
+    def __init__(self, config: Any, rungs: frozenset[str], vocabulary: int, shard: Shard) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.layer_norm_epsilon
         self.num_heads: int = config.n_head
+        heads = config.n_head // shard.size
+        self.own_heads = slice(shard.number * heads, (shard.number + 1) * heads)
         self.once = "alibi" in rungs
-        self.word_embeddings = nn.Embedding(vocabulary, hidden)
+        if shard.size == 1:
+            self.word_embeddings = nn.Embedding(vocabulary, hidden)
+        else:
+            start = shard.number * -(-config.vocab_size // shard.size)
+            self.word_embeddings = SplitEmbedding(vocabulary, hidden, start)
         self.word_embeddings_layernorm = nn.LayerNorm(hidden, eps=eps)
         bias = Bias(shared=self.once)
-        self.h = nn.ModuleList(Block(config, rungs, layer, bias) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, rungs, layer, bias, shard) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(hidden, eps=eps)
 
     @property
@@ -151,9 +167,9 @@ class Transformer(nn.Module):
         return [block for block in self.h if isinstance(block, Block)]
 
     def build_alibi_tensor(self, mask_BS: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """ALiBi as transformers shapes it, [B * H, 1, S]: a key's slope times its position."""
+        """ALiBi of the heads that are here, as transformers shapes it, [B * H, 1, S]: slope times a key's position."""
         position_BS = (mask_BS.cumsum(dim=-1) - 1) * mask_BS
-        slope_H = torch.tensor(slopes(heads), dtype=dtype, device=mask_BS.device)
+        slope_H = torch.tensor(slopes(heads)[self.own_heads], dtype=dtype, device=mask_BS.device)
         return (slope_H[:, None] * position_BS[:, None]).flatten(0, 1)[:, None]
 
     def causal_mask(self, mask_BS: Tensor, new: int, dtype: torch.dtype) -> Tensor:
@@ -185,19 +201,19 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: Any, rungs: frozenset[str], layer: int, bias: Bias) -> None:
+    def __init__(self, config: Any, rungs: frozenset[str], layer: int, bias: Bias, shard: Shard) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.layer_norm_epsilon
         self.input_layernorm = nn.LayerNorm(hidden, eps=eps)
-        self.self_attention = Attention(config, rungs, layer, bias)
+        self.self_attention = Attention(config, rungs, layer, bias, shard)
         self.post_attention_layernorm = nn.LayerNorm(hidden, eps=eps)
-        self.mlp = Mlp(config, rungs)
+        self.mlp = Mlp(config, rungs, shard)
         self.apply_residual_connection_post_layernorm: bool = config.apply_residual_connection_post_layernorm
 
     def forward(self, hidden_BTD: Tensor, *, alibi: Tensor, attention_mask: Tensor, layer_past: Cache | None) -> Tensor:
         """[B, T, D]."""
         normed_BTD = self.input_layernorm(hidden_BTD)
-        attended_BTD = self.self_attention(
+        attended_BTD, _ = self.self_attention(
             normed_BTD,
             normed_BTD if self.apply_residual_connection_post_layernorm else hidden_BTD,
             alibi=alibi,
@@ -237,18 +253,18 @@ class Bias:
 class Attention(nn.Module):
     """Self-attention of the new tokens to all so far, added to the residual."""
 
-    def __init__(self, config: Any, rungs: frozenset[str], layer: int, bias: Bias) -> None:
+    def __init__(self, config: Any, rungs: frozenset[str], layer: int, bias: Bias, shard: Shard) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.num_heads: int = config.n_head
-        self.head_dim = hidden // self.num_heads
+        hidden, own, parts = config.hidden_size, "matvec" in rungs, shard.size
+        self.num_heads: int = config.n_head // parts
+        self.head_dim = hidden // config.n_head
         self.inv_norm_factor = self.head_dim**-0.5
         self.beta = 1.0
         self.layer_idx = layer
         self.bias = bias
         self.views, self.fused = "layout" in rungs, "softmax" in rungs
-        self.query_key_value = Linear(hidden, 3 * hidden, own="matvec" in rungs)
-        self.dense = Linear(hidden, hidden, own="matvec" in rungs)
+        self.query_key_value = Linear(hidden, 3 * hidden // parts, own=own)
+        self.dense = Linear(hidden // parts, hidden, own=own, summed=parts > 1)
         self.attention_dropout = nn.Dropout(float(getattr(config, "attention_dropout", 0.0)))
 
     def forward(
@@ -259,19 +275,24 @@ class Attention(nn.Module):
         alibi: Tensor,
         attention_mask: Tensor,
         layer_past: Cache | None,
-    ) -> Tensor:
-        """[B, T, D]."""
-        # Rows of the projection are [heads, (query, key, value), size of a head].
-        fused_BTHQ = self.query_key_value(hidden_BTD).unflatten(-1, (self.num_heads, 3 * self.head_dim))
-        query_BHTC, key_BHTC, value_BHTC = fused_BTHQ.transpose(1, 2).split(self.head_dim, dim=-1)
-        if not self.views:
-            query_BHTC, key_BHTC, value_BHTC = (x.contiguous() for x in (query_BHTC, key_BHTC, value_BHTC))
+    ) -> tuple[Tensor, None]:
+        """[B, T, D], and in the place of the weights, which are not kept, nothing."""
+        query_BHTC, key_BHTC, value_BHTC = self._reshape(self.query_key_value(hidden_BTD))
         if layer_past is not None:
             key_BHTC, value_BHTC = layer_past.update(key_BHTC, value_BHTC, self.layer_idx)
         bias_BHTS = self.bias(alibi, attention_mask, self.beta)
         mixed_BHTC = self._attended(query_BHTC, key_BHTC, value_BHTC, bias_BHTS)
         output_BTD: Tensor = self.dense(mixed_BHTC.transpose(1, 2).flatten(2)) + residual_BTD
-        return output_BTD
+        return output_BTD, None
+
+    def _reshape(self, fused_BTQ: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value of the new tokens, each [B, H, T, C]; with ``views`` nothing is copied.
+
+        Rows of the projection are [heads, (query, key, value), size of a head].
+        """
+        fused_BTHQ = fused_BTQ.unflatten(-1, (self.num_heads, 3 * self.head_dim))
+        parts = fused_BTHQ.transpose(1, 2).split(self.head_dim, dim=-1)
+        return parts if self.views else tuple(part.contiguous() for part in parts)
 
     def _attended(self, query_BHTC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, bias_BHTS: Tensor) -> Tensor:
         """The values mixed by the softmax of the scores, in float, [B, H, T, C]."""
@@ -291,13 +312,13 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear maps with a GELU between them, added to the residual."""
 
-    def __init__(self, config: Any, rungs: frozenset[str]) -> None:
+    def __init__(self, config: Any, rungs: frozenset[str], shard: Shard) -> None:
         super().__init__()
-        hidden = config.hidden_size
+        hidden, own, parts = config.hidden_size, "matvec" in rungs, shard.size
         self.fused = {"gelu", "matvec"} <= rungs
-        self.dense_h_to_4h = Linear(hidden, 4 * hidden, own="matvec" in rungs)
+        self.dense_h_to_4h = Linear(hidden, 4 * hidden // parts, own=own)
         self.gelu_impl = Gelu(fused="gelu" in rungs)
-        self.dense_4h_to_h = Linear(4 * hidden, hidden, own="matvec" in rungs)
+        self.dense_4h_to_h = Linear(4 * hidden // parts, hidden, own=own, summed=parts > 1)
 
     def forward(self, hidden_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
         """[B, T, D]."""
@@ -334,19 +355,37 @@ class Linear(nn.Linear):
     In float32 torch's product of one row brings weights as fast as memory gives them.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, *, own: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, *, own: bool, summed: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
-        self.own = own
+        self.own, self.summed = own, summed
 
     def is_own(self, x: Tensor) -> bool:
         """Whether the kernel takes this input."""
         return self.own and x.dtype == torch.bfloat16 and kernels.takes(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product, x W^T + b."""
+        """The product, x W^T + b; where shards have a part of the inputs each, summed over them."""
+        if self.summed:
+            return add_up(self._product(x, None)) + self.bias
+        return self._product(x, self.bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.is_own(x):
-            return kernels.load().linear(x, self.weight, self.bias)
-        return functional.linear(x, self.weight, self.bias)
+            return kernels.load().linear(x, self.weight, bias)
+        return functional.linear(x, self.weight, bias)
+
+
+class Head(Linear):
+    """The logits of all of the vocabulary, on every shard."""
+
+    def __init__(self, hidden: int, rows: int, vocabulary: int, shard: Shard, *, own: bool) -> None:
+        super().__init__(hidden, rows, bias=False, own=own)
+        self.vocabulary, self.shards = vocabulary, shard.size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, V]."""
+        logits_BTP = super().forward(x)
+        return logits_BTP if self.shards == 1 else side_by_side(logits_BTP, self.vocabulary, self.shards)
 
 
 def unavailable(rungs: frozenset[str], dtype: torch.dtype, device: str) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from harness.models.ports.bloom import slopes
 from harness.models.ports.ladder import kernels
 from harness.models.ports.ladder.cache import Cache, PreallocatedLayer
-from harness.models.ports.ladder.model import Attention, Block, Bloom, Gelu, Linear, Mlp, Transformer
+from harness.models.ports.ladder.model import Attention, Block, Bloom, Gelu, Head, Linear, Mlp, Transformer
 
 #: What the compiled function stands for. A model with any other part runs module by module.
-_KNOWN = {Transformer, Block, Attention, Mlp, Gelu, Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList}
+_KNOWN = {Transformer, Block, Attention, Mlp, Gelu, Linear, Head, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList}
 
 
 class Step:
@@ -31,7 +31,8 @@ class Step:
         body = model.transformer
         inside = [module for module in model.modules() if module is not model]
         #: Whether all parts are those that the function knows, each of them once.
-        self._whole = {type(one) for one in inside} <= _KNOWN and len(body.h) == model.config.n_layer
+        known = {type(one) for one in inside} <= _KNOWN
+        self._whole = known and len(body.h) == model.config.n_layer and model.lm_head.shards == 1
         if not self._whole:
             return
         #: Of each module: its hooks, its own attributes (a forward that was given to it), its submodules, its weights.
