@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def power(
     harness power --names --nulls 3000 --jobs 2    which bugs --diagnose names, and names where there is none
     harness power --ranks                          bugs of sharding in real ranks of tp and pp
     harness power --locate --host llama-tiny       bugs and correct implementations, replayed module by module
-    harness power --port bloom:rungs=all --work .power-port    bugs in an optimized port; with --locate, where
+    harness power --port bloom:rungs=all           bugs in an optimized port; with --locate, where
     harness power --spreads --groups 2             how far these scatter
     harness power --model DIR --suite FILE         which bugs a check of your model on your suite sees
 
@@ -95,6 +96,10 @@ def power(
         raise UsageError("--only, --host, --quick, --as-reported and --plot are of the bugs", fix=f"Leave out {_MODES}")
     if port is not None and not (table or placing):
         raise UsageError("--port is of the bugs and of --locate", fix="Leave out --port, or the other mode")
+    given = work
+    if port is not None:
+        # What was done on another engine is none of this one's.
+        work = work / "ports" / re.sub(r"[^\w.+=-]", "-", port)
     if (summary or ranks or placing or listed) and (shard or minutes or jobs):
         raise UsageError("--shard, --jobs and --minutes are of a run", fix="Give them with --nulls or --spreads")
     if shard and jobs:
@@ -121,7 +126,7 @@ def power(
         from harness.power.processes import end_with_parent
 
         end_with_parent()
-    again = _Again(work=work, jobs=jobs or 1, minutes=minutes)
+    again = _Again(work=work, given=given, jobs=jobs or 1, minutes=minutes)
     if model is not None and suite is not None:
         _certify(model, suite, work, json_file)
     elif ranks:
@@ -161,8 +166,8 @@ def _place_bugs(only: Sequence[str] | None, places: Sequence[str] | None, work: 
 class _Again:
     """The same run in processes of its own."""
 
-    def __init__(self, *, work: Path, jobs: int, minutes: float | None) -> None:
-        self.work, self.jobs, self.minutes = work, jobs, minutes
+    def __init__(self, *, work: Path, given: Path, jobs: int, minutes: float | None) -> None:
+        self.work, self.given, self.jobs, self.minutes = work, given, jobs, minutes
 
     def run(self, title: str, arguments: Sequence[str], done: Callable[[], int], total: int) -> None:
         """Share it, with a bar over all parts."""
@@ -176,7 +181,7 @@ class _Again:
                 progress(found, total, f"{self.jobs} processes")
                 return found
 
-            run_parts(["power", *arguments, "--work", str(self.work), *limit], self.jobs, seen)
+            run_parts(["power", *arguments, "--work", str(self.given), *limit], self.jobs, seen)
 
 
 def _split(text: str | None) -> list[str] | None:

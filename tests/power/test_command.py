@@ -159,7 +159,7 @@ def test_what_is_passed_on_is_understood(harness, parts, tmp_path, monkeypatch, 
     """Each part, run as it is called, asks for the same trials as the whole, and prints nothing."""
     asked = []
 
-    def run_trials(blanks, work, progress, shard=WHOLE, *, minutes=None):
+    def run_trials(blanks, work, progress, shard=WHOLE, *, minutes=None, port="hf"):
         asked.append((places(blanks), work, shard, minutes))
 
     monkeypatch.setattr(trials, "run_trials", run_trials)
@@ -231,7 +231,7 @@ def bugs(monkeypatch):
     """Trials that are there at once: each bug is found and every correct implementation is not; returns the blanks."""
     asked = []
 
-    def run_trials(blanks, work, progress, shard=WHOLE, *, minutes=None):
+    def run_trials(blanks, work, progress, shard=WHOLE, *, minutes=None, port="hf"):
         asked.extend(blanks)
         with ledger.appending(_made(work), "trials", WHOLE) as append:
             for index, blank in enumerate(blanks):
@@ -277,6 +277,22 @@ def test_json_has_all_tables(harness, bugs, target):
     judges = {one["judge"]: one for one in data["precisions"]["bfloat16"]["judges"]}
     assert judges["golden-harness: all"]["total"] == {"found": 2, "total": 2}
     assert ("golden-harness: all" in ended.out.partition("[")[0]) is (target != "-")
+
+
+def test_bugs_go_into_a_port(harness, bugs):
+    """On the hosts that it can run, without families, in a directory of its own: other engines' results are not its."""
+    ended = harness("--only", "x-last-layer", "--port", "bloom:rungs=all")
+    assert ended.code == 0
+    assert {(blank.kind, blank.host) for blank in bugs} == {("bug", "bloom-tiny"), ("bug", "bloom-raw")}
+    assert Path(".power/ports/bloom-rungs=all/trials.jsonl").is_file()
+    assert not Path(".power/trials.jsonl").exists()
+
+
+def test_a_port_is_of_the_bugs_alone(harness):
+    """With another mode it is refused."""
+    ended = harness("--nulls", 3, "--port", "bloom:rungs=all")
+    assert ended.code == 2
+    assert "--port" in ended.err
 
 
 def test_the_figure_is_of_16_bits(harness, bugs, monkeypatch):
