@@ -108,7 +108,7 @@ ELSEWHERE = {
     "--base bloom:rungs=alibi+layout+gelu+softmax+matvec,dtype=bfloat16,threads=1 --candidate "
     "bloom:tp=2,dtype=bfloat16,threads=1 --max-slowdown 1.1 --batch 1 --new-tokens 8 --prompt-tokens 32 "
     "--rounds 8 --quick || test $? = 1": "by nobody: it takes minutes, and tests/engines/ranks/ has the verdict",
-    "harness power --port bloom:rungs=all --as-reported": "by nobody: half an hour; tests/power/test_placing.py has bugs in the port",
+    "harness power --port bloom:rungs=all --as-reported": "by tests/power/test_placing.py, a few bugs of it",
     "python benchmarks/gate_trials.py --runs 20": "by nobody: it takes an hour and a half",
     "harness gate ../golden/bloom-tiny/core --base-rev HEAD --candidate py:my_port:build --max-slowdown 1.5 --quick": (
         "by tests/flow/test_gating.py"
