@@ -233,8 +233,8 @@ def open_spec(port: str, precision: str, options: Mapping[str, str | int | bool]
     own = dict(given.options)
     if given.engine == "bloom":
         own["rungs"] = bloom.rungs_in(own.get("rungs", "all"), precision)
-    text = spec_text({**own, **options, "dtype": precision})
-    engine = build(parse_spec(text.replace("hf", given.engine, 1)), model=str(model))
+    text = spec_text({**own, **options, "dtype": precision}, given.engine)
+    engine = build(parse_spec(text), model=str(model))
     if not isinstance(engine, hf.HFEngine):
         raise UsageError(
             f"bugs cannot be put into the ranks of {port!r}", fix="Leave tp out; see harness power --ranks"
@@ -242,7 +242,7 @@ def open_spec(port: str, precision: str, options: Mapping[str, str | int | bool]
     return engine
 
 
-def spec_text(options: Mapping[str, str | int | bool]) -> str:
-    """The SPEC of `hf` with these options."""
+def spec_text(options: Mapping[str, str | int | bool], engine: str = TRANSFORMERS) -> str:
+    """The SPEC of an engine with these options."""
     words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in options.items()}
-    return "hf:" + ",".join(f"{key}={value}" for key, value in words.items())
+    return f"{engine}:" + ",".join(f"{key}={value}" for key, value in words.items())

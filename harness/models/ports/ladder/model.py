@@ -135,9 +135,10 @@ class Bloom(nn.Module):
 
     def _compiled_step(self) -> Step:
         """Made when it is needed: a copy of a model needs its own."""
-        from harness.models.ports.ladder.step import Step
+        if self._step is None:
+            from harness.models.ports.ladder.step import Step
 
-        self._step = self._step or Step(self)
+            self._step = Step(self)
         return self._step
 
 

@@ -5,7 +5,7 @@ Shape legend: B batch rows, T new tokens, S tokens so far (padding included), H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Step:
         places = [buffer.data_ptr() for layer in layers for buffer in layer.buffers or ()]
         addresses = [one.data_ptr() for one in weights]
         arguments = (ids_BT.contiguous(), mask_BS.contiguous(), places, logits_B1V)
-        kernels.load().step(sizes, addresses, self._numbers(), self._slopes_H, *arguments)
+        kernels.load().step(sizes, addresses, list(self._numbers()), self._slopes_H, *arguments)
         for layer in layers:
             layer.length = tokens
         return logits_B1V
@@ -115,11 +115,8 @@ class Step:
             or [id(part) for table in self._modules for part in table.values()] != self._parts
         )
 
-    def _numbers(self) -> Sequence[float]:
+    def _numbers(self) -> Iterator[float]:
         """Epsilons, scales and factors of ALiBi as the modules have them now."""
-        return list(self._all_numbers())
-
-    def _all_numbers(self) -> Iterator[float]:
         for (first, second), attention in zip(self._norms, self._attentions, strict=True):
             yield from (first.eps, second.eps, attention.inv_norm_factor, attention.beta)
         yield from (one.eps for one in self._ends)
